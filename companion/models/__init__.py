@@ -1,0 +1,1 @@
+"""Energy-based models; each keeps the same verbs (`log_prob`, `gibbs`, `log_z`, ...)."""
