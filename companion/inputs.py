@@ -88,27 +88,9 @@ class _DrawWith(TorchFunctionMode):
     """Hands a generator to every random function that PyTorch code calls inside the block."""
 
     _random = frozenset(
-        # fmt: off
-        (
-            "normal",
-            "normal_",
-            "rand",
-            "randn",
-            "randint",
-            "bernoulli",
-            "bernoulli_",
-            "multinomial",
-            "uniform_",
-            "exponential_",
-            "cauchy_",
-            "geometric_",
-            "log_normal_",
-            "poisson",
-            "binomial",
-            "_standard_gamma",
-            "_sample_dirichlet",
-        )
-        # fmt: on
+        {"normal", "normal_", "rand", "randn", "randint", "bernoulli", "bernoulli_", "multinomial"}
+        | {"uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "poisson"}
+        | {"binomial", "_standard_gamma", "_sample_dirichlet"}
     )
 
     def __init__(self, generator: torch.Generator) -> None:
