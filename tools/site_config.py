@@ -1,0 +1,71 @@
+"""Sphinx extension: what the site's configuration takes from the place where the site is built.
+
+- `GITHUB_REPOSITORY` (set by GitHub's workflows, `owner/name`): the repository's address. The
+  buttons that need it (launch on Colab or Binder, repository, edit) appear only when it is set.
+- `BOOK_ONLINE`: when it is set, names of PyTorch, NumPy and Python in the API reference link to
+  their own documentation, if that can be reached. Otherwise no network is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.error
+import urllib.request
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util import logging
+
+log = logging.getLogger(__name__)
+
+
+def add_repository(config: Config, repository: str) -> None:
+    """Point the launch, repository and edit buttons at `repository`, an `owner/name` on GitHub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"GITHUB_REPOSITORY must read owner/name, got {repository!r}")
+    config.html_theme_options |= {
+        "repository_url": f"https://github.com/{repository}",
+        "repository_branch": "main",
+        "path_to_docs": "",
+        "use_repository_button": True,
+        "use_edit_page_button": True,
+        "launch_buttons": {
+            "notebook_interface": "jupyterlab",
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+        },
+    }
+
+
+def within_reach(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The entries of an intersphinx mapping whose inventory can be fetched."""
+    reached = {}
+    for name, (url, inventory) in mapping.items():
+        try:
+            urllib.request.urlopen(f"{url}/objects.inv", timeout=20).close()
+        except (urllib.error.URLError, TimeoutError) as error:
+            log.info("no links to the documentation of %s: %s", name, error)
+        else:
+            reached[name] = (url, inventory)
+    return reached
+
+
+def configure(app: Sphinx, config: Config) -> None:
+    """Fill in what depends on the environment, before the theme and the extensions read it."""
+    config.html_theme_options.pop("repository_url", None)  # the default is Jupyter Book's own
+    if repository := os.environ.get("GITHUB_REPOSITORY"):
+        add_repository(config, repository)
+    online = bool(os.environ.get("BOOK_ONLINE"))
+    config.intersphinx_mapping = within_reach(config.intersphinx_mapping) if online else {}
+    config.nitpick_ignore_regex = [
+        ("py:obj", ".*"),  # single backticks in docstrings: most of them are not names
+        ("py:.*", r"(?!companion\b).*"),  # other projects' names, unless their inventory is loaded
+    ]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the extension."""
+    app.connect("config-inited", configure, priority=1)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
