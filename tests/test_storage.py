@@ -1,0 +1,218 @@
+"""Saved states: what comes back, what is refused, and what survives a kill in mid-save."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from companion.storage import digest, load_state, save_state
+
+
+def same(a, b):
+    """Equal in structure, types and every bit; -0.0 differs from 0.0 and NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b)) and type(a) is type(b)
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+STATE = {
+    "weights": torch.tensor([[0.1, -0.0], [math.nan, math.inf]], dtype=torch.float64),
+    "narrow": [torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.bfloat16, torch.uint8)],
+    "scalar": torch.tensor(3),
+    "empty": torch.empty(0, 4),
+    "strided": torch.arange(6.0).reshape(2, 3).T,
+    "optimizer": {0: {"step": torch.tensor(1.0)}, 1: {}, "betas": (0.9, 0.999)},
+    "numbers": [1, 2.5, -math.inf, math.nan, True, None, 0.1 + 0.2, 10**30],
+    "text": "β ≤ 1, \"quoted\" \\ and {'tensor': 'x'}",
+    "a": {"b": torch.tensor(1.0)},
+    "a.b": torch.tensor(2.0),
+    "nothing": {},
+    "tuples": ((), (1, (2,))),
+}
+
+
+def test_every_bit_comes_back(tmp_path):
+    save_state(tmp_path / "s", STATE)
+    assert same(load_state(tmp_path / "s"), STATE)
+    changed = {**STATE, "strided": STATE["strided"] + torch.tensor(1e-6)}
+    assert not same(load_state(tmp_path / "s"), changed)
+
+
+@pytest.mark.parametrize("state", [torch.arange(3), 1.5, None, [], "text", {}])
+def test_a_state_may_be_a_single_thing(tmp_path, state):
+    save_state(tmp_path / "s", state)
+    assert same(load_state(tmp_path / "s"), state)
+
+
+def test_dict_and_tuple_subclasses_come_back_plain(tmp_path):
+    save_state(tmp_path / "s", OrderedDict(x=torch.finfo(torch.float32).eps))
+    assert type(load_state(tmp_path / "s")) is dict
+
+
+def test_tensors_that_share_memory_or_need_gradients_are_saved(tmp_path, device):
+    x = torch.arange(4.0, device=device).requires_grad_()
+    save_state(tmp_path / "s", {"x": x, "view": x[:2]})
+    back = load_state(tmp_path / "s")
+    assert not back["x"].requires_grad
+    assert back["x"].device.type == "cpu"
+    assert back["x"].tolist() == [0, 1, 2, 3]
+    assert back["view"].tolist() == [0, 1]
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        save_state(tmp_path / name, STATE)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_other_tools_can_read_the_tensors(tmp_path):
+    from safetensors.numpy import load_file
+
+    save_state(tmp_path / "s", {"model": {"W": torch.eye(2)}, "chains": [torch.zeros(3)]})
+    arrays = load_file(tmp_path / "s")
+    assert sorted(arrays) == ["chains.0", "model.W"]
+    assert arrays["model.W"].tolist() == [[1, 0], [0, 1]]
+
+
+def test_states_are_saved_and_loaded_whatever_the_default_device(tmp_path):
+    with torch.device("meta"):
+        save_state(tmp_path / "s", STATE)
+        assert same(load_state(tmp_path / "s"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model": {"f": len}}, r"model\.f, of type builtin_function_or_method"),
+        ([1, {2}], r"cannot save 1, of type set"),
+        ({"x": {1.5: 0}}, r"the key 1\.5 of x"),
+        (object(), r"the state, of type object"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path, state, message):
+    with pytest.raises(TypeError, match=message):
+        save_state(tmp_path / "s", state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_state(tmp_path / "s")
+
+
+def test_every_truncation_and_every_flipped_byte_is_noticed(tmp_path):
+    path = tmp_path / "s"
+    save_state(path, {"x": torch.arange(4.0), "n": 3})
+    sound = path.read_bytes()
+    for length in range(len(sound)):
+        path.write_bytes(sound[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            load_state(path)
+    unnoticed = []
+    for i in range(len(sound)):
+        path.write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
+        try:
+            state = load_state(path)
+        except ValueError:
+            continue
+        # Blanks that pad the header may change; what is loaded may not.
+        unnoticed.append(same(state, {"x": torch.arange(4.0), "n": 3}))
+    assert all(unnoticed)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "s")
+    torch.save({"x": torch.zeros(2)}, tmp_path / "t")
+    for name in "st":
+        with pytest.raises(ValueError, match="not written by companion"):
+            load_state(tmp_path / name)
+
+
+def test_a_file_of_another_format_version_says_so(tmp_path):
+    from safetensors.torch import save_file
+
+    header = json.dumps({"version": 2, "digest": digest("{}", {}), "state": "{}"})
+    save_file({}, tmp_path / "s", {"companion": header})
+    with pytest.raises(ValueError, match="format 2"):
+        load_state(tmp_path / "s")
+
+
+# ---------------------------------------------------------------- killed while saving
+
+SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch
+SERVER.set_forkserver_preload(["torch", "safetensors.torch"])
+STAGES = ["half written", "before the flush", "before the rename", "after the rename"]
+
+
+class HalfWritten:
+    """A file whose first write is cut in two by `die`."""
+
+    def __init__(self, file, die):
+        self.file, self.die = file, die
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.die()
+
+
+def save_and_die(path, stage):
+    """In a process of its own: save `{"x": ones}` and be killed at the given stage."""
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    folder = type(path)
+    if stage == "half written":
+        whole = folder.open
+        folder.open = lambda self, mode: HalfWritten(whole(self, mode), die)
+    elif stage == "before the flush":
+        os.fsync = die
+    elif stage == "before the rename":
+        folder.replace = die
+    else:
+        replace = folder.replace
+
+        def replace_and_die(self, target):
+            replace(self, target)
+            die()
+
+        folder.replace = replace_and_die
+    save_state(path, {"x": torch.ones(1000)})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_at_any_stage_leaves_the_old_file_or_the_new_one(tmp_path, stage):
+    path = tmp_path / "s"
+    save_state(path, {"x": torch.zeros(1000)})
+    process = SERVER.Process(target=save_and_die, args=(path, stage))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    expected = float(stage == "after the rename")
+    assert load_state(path)["x"].unique().tolist() == [expected]
+    left = path.with_name("s.tmp")
+    assert left.exists() == (stage != "after the rename")
+    if stage == "half written":
+        assert 0 < left.stat().st_size < path.stat().st_size
+    save_state(path, {"x": torch.full((1000,), 2.0)})  # what the kill left is no obstacle
+    assert load_state(path)["x"].unique().tolist() == [2.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
