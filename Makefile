@@ -1,0 +1,80 @@
+# make book · make serve · make test · make execute · make lint · make pages · make lock · make clean
+#
+# Needs git, make and Python 3.11 or newer. Another Python than `python3`: make book PYTHON=python3.12
+
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+READY := .venv/.ready
+RECORDS := _build/ledger-records.jsonl
+
+# The last digits of a sum depend on the number of threads: one everywhere, and a process for each core.
+export OMP_NUM_THREADS := 1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help book serve test unit execute lint pages lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make book      install everything into .venv and build the site into _build/html"
+	@echo "make serve     the same, and serve it on http://127.0.0.1:$(PORT) (PORT=...)"
+	@echo "make test      everything that CI runs"
+	@echo "make execute   run the notebooks whose code changed and store their outputs (ALL=1: all)"
+	@echo "make lint      style and types only"
+	@echo "make pages     the appendix pages that are made from records: ledger, run times"
+	@echo "make lock      write requirements.lock from what .venv holds"
+	@echo "make clean     delete what was built (.venv stays; delete it to install anew)"
+
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+		echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name yours: make book PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "The book needs Python 3.11 or newer, and '$(PYTHON)' is older: name another, for example: make book PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "This Python cannot make a virtual environment: install its venv module (Debian and Ubuntu: sudo apt-get install python3-venv)"; exit 1; }
+	@echo "Installing the packages of requirements.lock into .venv; the first time this takes a few minutes."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+book: $(READY)
+	@$(BIN)/jupyter-book build . -q
+	@echo "The book is built: open $(CURDIR)/_build/html/index.html in a browser, or run: make serve"
+
+serve: book
+	@echo "Serving the book on http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY)
+	@rm -f $(RECORDS)
+	$(PYTEST) --doctest-modules --ignore tests/site companion tests
+
+test: lint unit
+	$(BIN)/python tools/pages.py --check
+	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/book/sanitize.cfg book
+	@rm -rf _build/html _build/.doctrees
+	$(BIN)/jupyter-book build . -q -W -n --keep-going
+	$(BIN)/python -m pytest tests/site
+
+execute: $(READY)
+	@$(BIN)/python tools/execute.py $(if $(ALL),--all)
+
+pages: $(READY)
+	@$(BIN)/python tools/pages.py
+
+# To change a version: .venv/bin/pip install -U NAME, then make lock test.
+lock: $(READY)
+	@{ echo "# Every version that the book is built and tested with; written by: make lock"; \
+	   $(BIN)/python -m pip freeze --all --exclude pip --exclude setuptools --exclude-editable | sed 's/+.*//'; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@touch $(READY)
+
+clean:
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
