@@ -107,8 +107,8 @@ def expectation(
     Means and sums of squared deviations of the blocks are merged by the update of Chan, Golub and
     LeVeque, which cancels no digits: given the same draws, the block size changes only round-off.
     The draws themselves may change with it: each block is one call of the sampler, and a sampler
-    that fills several tensors in turn (a mixture draws all its labels, then all its noise) uses the
-    generator's stream in another order.
+    that fills several tensors in turn (a mixture's noise and labels) then uses the generator's
+    stream in another order.
 
     Args:
         f: the integrand, `(m, *event) -> (m, *batch)` for any m.
