@@ -272,3 +272,20 @@ def test_the_same_generator_gives_the_same_machine_and_the_global_one_is_left_al
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "num_visible=5, num_hidden=4" in repr(one)
+
+
+def test_no_machine_beats_the_entropy_bound(rng, ledger):
+    data = torch.tensor([[1, 1, 1]] * 3 + [[0, 0, 0]] * 3)  # two patterns, half each
+    bound = -math.log(2)
+    with torch.no_grad():
+        machines = [machine(3, 2, rng, seed=seed, scale=3.0) for seed in range(100)]
+        unnormalised = torch.stack([rbm.log_prob(data).mean() for rbm in machines])
+        likelihood = unnormalised - torch.stack([rbm.log_z().value for rbm in machines])
+        assert (likelihood < bound).all()
+        assert (unnormalised > bound).any()  # without log Z the bound is soon broken
+        memory = RBM(3, 1, dtype=F64)  # the hidden unit chooses one of the two patterns
+        memory.W.fill_(100.0)
+        memory.b.fill_(-50.0)
+        memory.c.fill_(-150.0)
+        found = memory.log_prob(data).mean() - memory.log_z().value
+    ledger("RBM that has memorised two patterns", exact=bound, estimate=found)
