@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor
@@ -306,6 +307,91 @@ def test_wilson_interval_covers_rare_events_where_the_normal_interval_does_not()
 def test_impossible_numbers_of_successes_are_refused(successes, message):
     with pytest.raises(ValueError, match=message):
         proportion_interval(successes, 10)
+
+
+# ---------------------------------------------------------------- laws that the book states
+
+
+def test_chebyshev_and_hoeffding_intervals_cover_for_every_probability():
+    n, alpha = 50, 0.05
+    k = torch.arange(n + 1, dtype=torch.float64)
+    p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)[:, None]
+    weight = torch.as_tensor(scipy.stats.binom.pmf(k.numpy(), n, p.numpy()))
+    std_error = (p * (1 - p) / n).sqrt()
+
+    def coverage(half: Tensor | float) -> Tensor:
+        # Exact: a sum over all outcomes. The slack keeps round-off from deciding ties.
+        return (weight * ((k / n - p).abs() <= half + 1e-12)).sum(1)
+
+    chebyshev = std_error / math.sqrt(alpha)
+    hoeffding = math.sqrt(math.log(2 / alpha) / (2 * n))
+    assert coverage(chebyshev).min() >= 1 - alpha
+    assert coverage(hoeffding).min() >= 1 - alpha
+    # The central limit theorem promises nothing at n = 50; and Hoeffding needs its factor 2.
+    assert coverage(scipy.stats.norm.ppf(1 - alpha / 2) * std_error).min() < 0.93
+    assert coverage(hoeffding / math.sqrt(2)).min() < 1 - alpha
+
+
+def test_logarithm_of_a_mean_is_biased_as_the_delta_method_says(rng, ledger):
+    # The mean of n exponential values is Gamma(n, n): the mean of its logarithm is known exactly.
+    n, repetitions = 10, 20_000
+    x = torch.empty(n, repetitions, dtype=torch.float64).exponential_(generator=rng(40))
+    exact = scipy.special.digamma(n) - math.log(n)
+    found = estimate(x.mean(0).log())
+    ledger(
+        "E[log of the mean of 10 exponential values]",
+        exact=exact,
+        estimate=found.value,
+        std_error=found.std_error,
+    )
+    assert found.value + Z * found.std_error < 0  # Jensen: log E = 0 is higher
+    assert abs(z_score(x.log().mean(0), exact)) > Z  # the mean of the logarithms is another thing
+    for n in (10, 100, 1000):  # g'' sigma^2 / (2 n) with g'' = -1, and the next term is O(1/n^2)
+        bias = scipy.special.digamma(n) - math.log(n)
+        assert abs(bias + 1 / (2 * n)) < 0.1 / n**2
+
+
+def test_standard_error_of_the_delta_method_is_calibrated(rng):
+    n, repetitions = 2000, 200
+    x = torch.empty(n, repetitions, dtype=torch.float64).exponential_(generator=rng(41))
+    found = estimate(x + 1.0)  # mean 2: the slope of the logarithm there, 1/2, matters
+    z = (found.value.log() - math.log(2)) / (found.std_error / found.value)
+    low, high = scipy.stats.chi2.interval(1 - 1e-5, repetitions)
+    assert low < float(z.square().sum()) < high
+    assert abs(float(z.mean())) < Z / math.sqrt(repetitions)
+    assert not low < float((z / 2).square().sum()) < high  # the slope left out
+
+
+def test_the_mean_of_cauchy_draws_has_the_law_of_one_draw(rng):
+    x = torch.empty(100, 5000, dtype=torch.float64).cauchy_(generator=rng(42))
+
+    def p_value(values: Tensor) -> float:
+        return scipy.stats.kstest(values, scipy.stats.cauchy.cdf).pvalue
+
+    assert p_value(x.mean(0)) > 1e-5
+    assert p_value(x.mean(0) / 10) < 1e-5  # a mean whose error falls like 1/sqrt(n)
+    assert p_value(x.median(0).values) < 1e-5  # the median does settle
+
+
+def test_without_a_variance_the_error_keeps_the_size_of_the_largest_draw(rng):
+    a, repetitions = 0.75, 2000  # U^-a has the mean 4 and no variance
+    g = rng(43)
+    scaled, roots, covered = [], [], []
+    for n in (200, 6400):
+        x = (1 - torch.rand(n, repetitions, dtype=torch.float64, generator=g)) ** -a
+        largest = x.max(0).values / n**a  # what it adds to the mean, in units of n^(a - 1)
+        exact = lambda t, n=n: (1 - t ** (-1 / a) / n).clip(0) ** n  # noqa: E731
+        assert scipy.stats.kstest(largest, exact).pvalue > 1e-5
+        assert scipy.stats.kstest(2 * largest, exact).pvalue < 1e-5
+        found = estimate(x)
+        scaled.append(n ** (1 - a) * (found.value - 4.0))
+        roots.append(n**0.5 * (found.value - 4.0))
+        low, high = found.interval()
+        covered.append(int(((low < 4.0) & (high > 4.0)).sum()))
+    assert scipy.stats.ks_2samp(*scaled).pvalue > 1e-5
+    assert scipy.stats.ks_2samp(*roots).pvalue < 1e-5
+    # Thirty-two times the draws do not bring the normal interval anywhere near its 95 %.
+    assert scipy.stats.binomtest(covered[1], repetitions, 0.75, alternative="less").pvalue < 1e-5
 
 
 # ---------------------------------------------------------------- rejection sampling
