@@ -2,22 +2,26 @@
 
 The file is a safetensors file: the tensors lie there under readable names, and the structure that
 holds them together is JSON in the header. Nothing is pickled, so loading a file runs no code. A
-digest of all that was saved tells a damaged file from a sound one.
+digest of all that was saved tells a damaged file from a sound one. `Checkpoint` does this for the
+parts of a run: models, optimisers, chains, generators.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "load_state", "save_state"]
+__all__ = ["Checkpoint", "digest", "layout", "load_state", "save_state", "stateful"]
 
 _KEY = "companion"  # the one metadata entry; with two, their order in the file would be random
 _VERSION = 1
@@ -90,6 +94,133 @@ def load_state(path: str | os.PathLike[str]) -> Any:
             f"{path} is damaged: its contents do not match their digest; use a copy, or delete it"
         )
     return _decode(json.loads(structure), tensors)
+
+
+class Checkpoint:
+    """The state of a run in one file: `resume()` before the first step, `save()` after each.
+
+    Args:
+        path: the file; its folder must exist.
+        parts: objects with `state_dict` and `load_state_dict`, generators, None, and dicts of
+            these, by name. They are loaded in this order.
+        settings: numbers and texts by name that must be the same when the run is resumed.
+
+    Raises:
+        ValueError: the folder does not exist.
+
+    >>> import tempfile
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = Checkpoint(f"{folder}/run", {"generator": generator}, {"num_chains": 4})
+    ...     first = run.resume()                      # there is nothing yet to resume from
+    ...     run.save()
+    ...     x = torch.rand(2, generator=generator)
+    ...     first, run.resume(), bool((torch.rand(2, generator=generator) == x).all())
+    (False, True, True)
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], parts: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        self.path, self.parts, self.settings = Path(path), parts, settings
+        if not self.path.parent.is_dir():
+            raise ValueError(f"there is no folder {self.path.parent} for the checkpoint; make it")
+
+    def save(self) -> None:
+        """Replace the file by the present state of all parts."""
+        save_state(self.path, {"settings": self.settings, "parts": _state_of(self.parts)})
+
+    def resume(self) -> bool:
+        """Load all parts; False, and nothing done, if there is no file.
+
+        Raises:
+            ValueError: the file is damaged, foreign, or was saved under other settings; then no
+                part has been touched.
+        """
+        if not self.path.exists():
+            return False
+        saved = load_state(self.path)
+        if not isinstance(saved, dict) or saved.keys() != {"settings", "parts"}:
+            raise ValueError(f"{self.path} is no checkpoint; give another path")
+        then, now = saved["settings"], self.settings
+        different = [
+            f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.path} belongs to a run with other arguments: {'; '.join(different)}. Give "
+                "the same arguments, or another path, or delete the file to start again"
+            )
+        _load_into(self.parts, saved["parts"])
+        return True
+
+
+def stateful(function: Callable[..., Any], *others: Any) -> dict[str, Any]:
+    """The objects whose state a function carries from call to call, by name.
+
+    Args:
+        function: a function, method, partial function or callable object.
+        others: objects that do not count.
+
+    Returns:
+        what has `load_state_dict` and is the function itself, the object it is a method of, or a
+        global, enclosing or partial argument of it.
+
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> [list(stateful(f)) for f in (lambda x: layer(x), layer.forward, layer, torch.exp)]
+    [['layer'], ['self'], ['self'], []]
+    >>> stateful(layer.forward, layer)
+    {}
+    """
+    found: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        found |= {str(i): argument for i, argument in enumerate(function.args)} | function.keywords
+        function = function.func
+    found["self"] = getattr(function, "__self__", function)
+    if inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        found |= {**used.globals, **used.nonlocals}
+    return {
+        name: x
+        for name, x in found.items()
+        if hasattr(x, "load_state_dict") and not isinstance(x, type)
+        if all(x is not other for other in others)
+    }
+
+
+def layout(name: str, state: Any) -> dict[str, str]:
+    """Type and shape of every tensor in a nested state, by its name in there.
+
+    >>> layout("model", {"W": torch.zeros(2, 3), "b": torch.zeros(2)})
+    {'model.W': 'float32 (2, 3)', 'model.b': 'float32 (2,)'}
+    """
+    if isinstance(state, Tensor):
+        return {name: f"{str(state.dtype).removeprefix('torch.')} {tuple(state.shape)}"}
+    found: dict[str, str] = {}
+    if isinstance(state, dict):
+        for key, value in state.items():
+            found |= layout(_join(name, key), value)
+    return found
+
+
+def _state_of(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _state_of(inner) for name, inner in part.items()}
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return None if part is None else part.state_dict()
+
+
+def _load_into(part: Any, state: Any) -> None:
+    if isinstance(part, dict):
+        for name, inner in part.items():
+            _load_into(inner, state[name])
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif part is not None:
+        part.load_state_dict(state)
 
 
 def digest(text: str, tensors: dict[str, Tensor]) -> str:

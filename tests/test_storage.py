@@ -1,5 +1,6 @@
 """Saved states: what comes back, what is refused, and what survives a kill in mid-save."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -10,7 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from companion.storage import digest, load_state, save_state
+from companion.storage import Checkpoint, digest, layout, load_state, save_state, stateful
 
 
 def same(a, b):
@@ -149,10 +150,76 @@ def test_a_file_of_another_format_version_says_so(tmp_path):
         load_state(tmp_path / "s")
 
 
+# ---------------------------------------------------------------- checkpoints of a run
+
+
+def sampler_run(path, num_steps, *, step_size=0.5, seed=0):
+    """A chain with two generators, adapted by an optimiser: what a sampler would checkpoint."""
+    noise, other = (torch.Generator().manual_seed(seed + i) for i in range(2))
+    scale = torch.nn.Linear(1, 1, dtype=torch.float64)
+    torch.nn.init.ones_(scale.weight), torch.nn.init.zeros_(scale.bias)
+    optimizer = torch.optim.Adam(scale.parameters())
+    parts = {"kernel": {"scale": scale, "schedule": None}, "adam": optimizer, "noise": noise}
+    run = Checkpoint(path, parts | {"other": other}, {"step_size": step_size})
+    resumed = run.resume()
+    for _ in range(num_steps):
+        x = torch.randn(5, 1, generator=noise, dtype=torch.float64)
+        u = torch.rand(5, 1, generator=other, dtype=torch.float64)
+        optimizer.zero_grad()
+        (scale(x) - step_size * u).square().sum().backward()
+        optimizer.step()
+        run.save()
+    return resumed, [scale.state_dict(), optimizer.state_dict(), noise.get_state()]
+
+
+def test_a_checkpoint_brings_all_parts_back(tmp_path):
+    resumed, whole = sampler_run(tmp_path / "whole", 6)
+    assert not resumed
+    sampler_run(tmp_path / "parts", 4)
+    resumed, parts = sampler_run(tmp_path / "parts", 2)
+    assert resumed
+    assert same([dict(parts[0]), *parts[1:]], [dict(whole[0]), *whole[1:]])
+    assert not same(dict(sampler_run(tmp_path / "new", 5)[1][0]), dict(whole[0]))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    sampler_run(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match=r"step_size was 0\.5 and is 0\.25"):
+        sampler_run(tmp_path / "run", 1, step_size=0.25)
+    save_state(tmp_path / "run", {"x": 1})
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        sampler_run(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match="there is no folder"):
+        Checkpoint(tmp_path / "nowhere" / "run", {}, {})
+
+
+def test_stateful_objects_are_found_wherever_a_function_keeps_them():
+    layer, other = torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
+
+    def enclosing(x):
+        return layer(x)
+
+    def argument(model, x, *, chains=None):
+        return x
+
+    partial = functools.partial(functools.partial(argument, layer), chains=other)
+    assert stateful(enclosing) == {"layer": layer}
+    assert stateful(layer.forward) == {"self": layer}
+    assert stateful(layer) == {"self": layer}
+    assert stateful(partial) == {"0": layer, "chains": other}
+    assert stateful(partial, layer) == {"chains": other}
+    assert stateful(argument) == stateful(math.exp) == stateful(torch.nn.Linear) == {}
+
+
+def test_layout_names_every_tensor():
+    state = {"W": torch.zeros(2, 3), "inner": {0: torch.tensor(True)}, "n": 3}
+    assert layout("m", state) == {"m.W": "float32 (2, 3)", "m.inner.0": "bool ()"}
+
+
 # ---------------------------------------------------------------- killed while saving
 
 SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch
-SERVER.set_forkserver_preload(["torch", "safetensors.torch"])
+SERVER.set_forkserver_preload(["pytest", "companion.storage", "safetensors.torch"])
 STAGES = ["half written", "before the flush", "before the rename", "after the rename"]
 
 
