@@ -6,6 +6,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.ready
+CONFIGURED := _build/.configured
 RECORDS := _build/ledger-records.jsonl
 
 # The last digits of a sum depend on the number of threads: one everywhere, and a process for each core.
@@ -38,7 +39,13 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-book: $(READY)
+# A build writes the pages that changed; what concerns every page calls for a clean one.
+$(CONFIGURED): _config.yml _toc.yml tools/site_config.py $(wildcard book/_static/*)
+	@rm -rf _build/html _build/.doctrees
+	@mkdir -p _build
+	@touch $@
+
+book: $(READY) $(CONFIGURED)
 	@$(BIN)/jupyter-book build . -q
 	@echo "The book is built: open $(CURDIR)/_build/html/index.html in a browser, or run: make serve"
 
@@ -69,10 +76,11 @@ pages: $(READY)
 	@$(BIN)/python tools/pages.py
 
 # To change a version: .venv/bin/pip install -U NAME, then make lock test.
-lock: $(READY)
+lock:
+	@$(BIN)/python -m pip freeze --all --exclude pip --exclude setuptools --exclude-editable > requirements.new
 	@{ echo "# Every version that the book is built and tested with; written by: make lock"; \
-	   $(BIN)/python -m pip freeze --all --exclude pip --exclude setuptools --exclude-editable | sed 's/+.*//'; } > requirements.lock.new
-	@mv requirements.lock.new requirements.lock
+	   sed 's/+.*//' requirements.new; } > requirements.lock
+	@rm requirements.new
 	@touch $(READY)
 
 clean:

@@ -65,7 +65,18 @@ def configure(app: Sphinx, config: Config) -> None:
     ]
 
 
+def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Take the scripts of Thebe from a page: unused here, they break it and would call a CDN."""
+    for files in ("script_files", "css_files"):
+        context[files] = [
+            one
+            for one in context.get(files, [])
+            if "thebe" not in f"{one.filename} {one.attributes.get('body')}".lower()
+        ]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
+    app.connect("html-page-context", drop_thebe)
     app.connect("config-inited", configure, priority=1)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
