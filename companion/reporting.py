@@ -14,7 +14,7 @@ from typing import SupportsFloat
 
 from companion.inputs import check_count
 
-__all__ = ["format_estimate", "glue", "round_to_error"]
+__all__ = ["format_estimate", "glue", "round_to_error", "typeset"]
 
 _MAX_DIGITS = 10  # the digits of a float64 result that every processor agrees on
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -68,6 +68,26 @@ def format_estimate(value: SupportsFloat, std_error: SupportsFloat) -> str:
     if error is None:
         return text + power
     return f"({text} ± {error}){power}" if power else f"{text} ± {error}"
+
+
+def typeset(number: str) -> str:
+    """The number as prose shows it: a minus for the hyphen, a power of ten for the e.
+
+    Args:
+        number: what `round_to_error` or `format_estimate` gives; other text is left alone.
+
+    Returns:
+        the text.
+
+    >>> typeset("(-2.50 ± 0.10)e-07")
+    '(−2.50 ± 0.10) × 10⁻⁷'
+    """
+    number = re.sub(
+        r"(?<=[\d)])e\+?(-?)0*(\d+)$",
+        lambda found: " × 10" + (found[1] + found[2]).translate(_SUPERSCRIPT),
+        number,
+    )
+    return re.sub(r"(?<![^\s(])-(?=\d)", "−", number)
 
 
 def glue(
@@ -164,15 +184,9 @@ def _layout(value: float, error: float, place: int) -> tuple[str, str, str]:
 
 
 def _store(name: str, text: str) -> None:
-    """Glue the text, typeset: a minus for the hyphen, powers of ten for the e."""
     from myst_nb import glue as myst_glue
 
-    text = re.sub(
-        r"(?<=[\d)])e\+?(-?)0*(\d+)$",
-        lambda found: " × 10" + (found[1] + found[2]).translate(_SUPERSCRIPT),
-        text,
-    )
-    text = re.sub(r"(?<![^\s(])-(?=\d)", "−", text)
+    text = typeset(text)
     if _glued.setdefault(name, text) != text:
         raise ValueError(
             f"{name!r} is glued already, as {_glued[name]}, and cannot also be {text}: choose "

@@ -17,6 +17,7 @@ from typing import Any
 
 from tools.execute import fingerprints
 from tools.markup import Item, Page, load, page_paths, parse, toc_names, walk
+from tools.pages import is_pitfall
 
 SECONDS_EACH, SECONDS_ON_AVERAGE = 60, 20
 ALT_WORDS = 8  # "more than a few": what is seen, and what to conclude
@@ -233,11 +234,6 @@ def pitfalls_show_evidence(page: Page) -> Iterator[str]:
             yield f"{box.text!r} shows no snippet (a fenced block with its language)"
         if not any(i.kind == "role" and i.name == "glue:text" for i in inside):
             yield f"{box.text!r} gives no evidence: glue what the snippet computes"
-
-
-def is_pitfall(box: Item) -> bool:
-    """Whether a directive is a pitfall box, if perhaps a flawed one."""
-    return box.text.startswith("Pitfall") or "pitfall" in box.options.get("class", "")
 
 
 def exercises_are_solved(page: Page) -> Iterator[str]:
