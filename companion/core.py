@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 LogProb: TypeAlias = Callable[[Tensor], Tensor]
-"""An unnormalised log-density: maps `(..., *event)` to `(...)`."""
+"""An unnormalised log-density, which maps `(..., *event)` to `(...)`."""
 
 
 # ---------------------------------------------------------------- log-densities

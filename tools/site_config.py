@@ -75,8 +75,45 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], t
         ]
 
 
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, None] | None:
+    """Show no arguments for a protocol: it is never called."""
+    return ("", None) if what == "class" and getattr(obj, "_is_protocol", False) else None
+
+
+def show_formulas(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Set an indented paragraph of a docstring as it stands: it is a formula or code."""
+    sections = {"Args:", "Returns:", "Raises:", "Attributes:", "Yields:", "Note:", "Example:"}
+    for i in reversed(range(2, len(lines))):
+        before = lines[i - 2]
+        opens = lines[i].startswith("    ") and not lines[i - 1] and before[:1].strip()
+        if opens and before not in sections and not before.startswith(("- ", ">>>")):
+            lines[i:i] = [".. code-block:: text", ""]
+
+
+def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
+    """Leave out what only Python says of a member, such as "Alias for field number 0"."""
+    return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+
+
+def link_alias(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
+    """Link a type alias such as `LogProb`: a signature asks for a class, and it is a variable."""
+    if node.get("refdomain") != "py" or node.get("reftype") != "class":
+        return None
+    python, target = env.get_domain("py"), node["reftarget"]
+    return python.resolve_xref(env, node["refdoc"], app.builder, "data", target, node, contnode)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
+    app.connect("missing-reference", link_alias)
+    app.setup_extension("sphinx.ext.autodoc")
+    app.connect("autodoc-process-docstring", show_formulas, priority=1)  # before napoleon
+    app.connect("autodoc-process-signature", tidy_signature)
+    app.connect("autodoc-skip-member", skip_member)
     app.connect("html-page-context", drop_thebe)
     app.connect("config-inited", configure, priority=1)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
