@@ -106,9 +106,10 @@ error of the exact value ({0.6827 * len(z):.0f} are expected if the standard err
 {sum(x < 2 for x in z)} within two ({0.9545 * len(z):.0f} expected). The largest error is
 {max(z, default=0.0):.1f} standard errors.
 """
-    for file, names in groupby(records, key=lambda name: name.partition("::")[0]):
-        module = file.removeprefix("tests/").removesuffix(".py").replace("test_", "")
-        text += f"\n## companion.{module.replace('/', '.')}\n\nThe tests are in `{file}`.\n\n"
+    for module, group in groupby(sorted(records, key=_module), key=_module):
+        names = list(group)
+        file = names[0].partition("::")[0]
+        text += f"\n## companion.{module}\n\nThe tests are in `{file}`.\n\n"
         text += "| What | Exact | Estimate | Standard error | z | The test claims |\n"
         text += "|---|---|---|---|---|---|\n"
         for name in names:
@@ -133,6 +134,12 @@ def ledger_row(row: Row) -> tuple[str, str, str, str]:
         f"{round(value, places) + 0.0:.{MAX_DIGITS}g}" for value in (row.exact, row.estimate)
     )
     return exact, estimate, "none", f"within {row.tolerance:g}"
+
+
+def _module(test: str) -> str:
+    """The module that a test is of: `models.rbm` for `tests/models/test_rbm.py::test_y`."""
+    file = test.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+    return file.replace("test_", "").replace("/", ".")
 
 
 def _escape(text: str) -> str:

@@ -42,7 +42,7 @@ NUMBER = re.compile(
     r"(?<![\w.])(?:\d[\d,]*)?\.\d+(?!\.?\d)"
     r"|\b\d[\d,.]*\s?(?:%|per\s?cent\b)"
     r"|\b\d+[eE][+-]?\d+\b"
-    r"|\b\d+\s?×\s?10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]"
+    r"|\b\d+\s?×\s?10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+"
 )
 # What would be true on one machine or one day alone, or was left unfinished.
 WORDING = {
