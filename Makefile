@@ -1,5 +1,4 @@
-# make book · make serve · make test · make execute · make lint · make pages · make lock · make clean
-#
+# The commands: make help.
 # Needs git, make and Python 3.11 or newer. Another Python than `python3`: make book PYTHON=python3.12
 
 PYTHON ?= python3
@@ -20,9 +19,10 @@ help:
 	@echo "make book      install everything into .venv and build the site into _build/html"
 	@echo "make serve     the same, and serve it on http://127.0.0.1:$(PORT) (PORT=...)"
 	@echo "make test      everything that CI runs"
+	@echo "make unit      the unit tests and doctests only; they record the ground-truth ledger"
 	@echo "make execute   run the notebooks whose code changed and store their outputs (ALL=1: all)"
 	@echo "make lint      style and types only"
-	@echo "make pages     the appendix pages that are made from records: ledger, run times"
+	@echo "make pages     the appendix pages that are made from records: run make unit before"
 	@echo "make lock      write requirements.lock from what .venv holds"
 	@echo "make clean     delete what was built (.venv stays; delete it to install anew)"
 

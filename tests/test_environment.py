@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,35 @@ def test_the_workflow_runs_what_ci_runs_and_publishes_main_only() -> None:
     assert workflow["jobs"]["publish"]["needs"] == "test"
     assert workflow["jobs"]["publish"]["if"] == "github.ref == 'refs/heads/main'"
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec make test")
+
+
+@pytest.mark.parametrize(
+    ("python", "sentence"),
+    [
+        (None, "There is no './python' here: install Python 3.11 or newer"),
+        ("exit 1", "The book needs Python 3.11 or newer, and './python' is older"),
+        ('case "$*" in *ensurepip*) exit 1;; esac', "sudo apt-get install python3-venv"),
+    ],
+)
+def test_a_python_that_will_not_do_gets_one_clear_sentence(
+    tmp_path: Path, python: str | None, sentence: str
+) -> None:
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    if python is not None:
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
+        (tmp_path / "python").chmod(0o755)
+    command = ["make", "--no-print-directory", ".venv/.ready", "PYTHON=./python"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert len(run.stdout.splitlines()) == 1
+    assert sentence in run.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_help_names_every_command() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
+    run = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = re.findall(r"^make (\w+) ", run.stdout, re.M)
+    assert {"help", *told} == set(phony.split())

@@ -1,6 +1,9 @@
 """Each check of the site rejects a page that is broken in its way, and accepts a sound one."""
 
 import base64
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,3 +134,18 @@ def test_a_page_that_the_keyboard_cannot_enter_is_found(
 ) -> None:
     complaints_of(page, origin, folder)
     assert checks.invisible_focus(page, stops=2) == ["the keyboard reaches nothing"]
+
+
+@pytest.mark.parametrize(("ci", "status"), [("", 0), ("true", 1)])
+def test_without_a_browser_a_sentence_says_so_and_ci_fails(ci: str, status: int) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", "finds_nothing", "test_navigation.py"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PATH": "", "CI": ci},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == status
+    assert "The browser tests did not run: no Chromium was found." in run.stdout
+    assert "apt-get install chromium" in run.stdout
+    assert ("1 error" if ci else "1 skipped") in run.stdout.splitlines()[-1]
