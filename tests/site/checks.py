@@ -216,7 +216,7 @@ def low_contrast(page: Page) -> list[str]:
 def transparent_figures(page: Page) -> list[str]:
     """Figures that let the page's colour through: no ink suits the light and the dark page."""
     return page.evaluate(
-        """() => [...document.querySelectorAll('main img')].flatMap(image => {
+        """() => [...document.querySelectorAll('article img')].flatMap(image => {
             if (!image.naturalWidth) return [];
             const canvas = document.createElement('canvas');
             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];

@@ -15,7 +15,7 @@ from playwright.sync_api import Page
 
 SOUND = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A page</title>
 <link rel="icon" href="data:,"><style>body {{color: #222; background: #fff}} {style}</style></head>
-<body><main>{body}</main><script>{script}</script></body></html>"""
+<body><article>{body}</article><script>{script}</script></body></html>"""
 
 
 def png(alpha: int) -> str:
