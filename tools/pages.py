@@ -226,13 +226,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             continue
         old = path.read_text() if path.is_file() else ""
         if check and text != old:
-            print(
-                f"{name} is not what {source} give: run make pages and commit it", file=sys.stderr
-            )
-            changed = difflib.unified_diff(
-                old.splitlines(), text.splitlines(), "committed", "made", "", "", 0, ""
-            )
-            print("\n".join(list(changed)[:20]), file=sys.stderr)
+            print(f"{name} is stale: {source} have changed. Run make pages.", file=sys.stderr)
+            print(*_first_changes(old, text), sep="\n", file=sys.stderr)
             status = 1
         elif text != old:
             path.write_text(text)
