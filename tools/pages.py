@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             continue
         old = path.read_text() if path.is_file() else ""
         if check and text != old:
-            print(f"{name} is stale: {source} have changed. Run make pages.", file=sys.stderr)
+            print(f"{name} is stale: {source} say otherwise. Run make pages.", file=sys.stderr)
             print(*_first_changes(old, text), sep="\n", file=sys.stderr)
             status = 1
         elif text != old:

@@ -317,7 +317,8 @@ def words_are_fit_to_print(page: Page) -> Iterator[str]:
     """Nothing that holds on one machine alone, nothing left unfinished, in text, code or output."""
     texts = [item.text for item in walk(page.items)] + list(_prose(page))
     for _, output in _outputs(page):
-        texts += [output.get("text", ""), *map(str, output.get("data", {}).values())]
+        data = output.get("data", {}).items()
+        texts += [output.get("text", ""), *(str(x) for kind, x in data if "text/" in kind)]
     for what, pattern in WORDING.items():
         for found in sorted({m[0] for text in texts for m in re.finditer(pattern, text)}):
             yield f"{what}: {found!r}"

@@ -317,6 +317,7 @@ DEFECTS = {
         (typed("It is in /home/me/book."), "one machine: '/home/me/book.'"),
         (typed("It is in C:\\Users\\me."), "one machine: 'C:"),
         (output(1, printed("<X at 0x7f3a2b4c>\n")), "address: 'at 0x7f3a2b4c'"),
+        (output(2, glued("size", "<X at 0x7f3a2b4c>")), "address: 'at 0x7f3a2b4c'"),
         (text("print(1 + 1)", "print(1 + 1)  # TODO: more"), "unfinished work: 'TODO'"),
         (typed("FIXME"), "unfinished work: 'FIXME'"),
     ],
@@ -365,6 +366,14 @@ def test_harmless_text_passes_every_check(root, sentence):
     typed(sentence)(notebook)
     page = page_of(notebook, root)
     assert [problem for check in checks.CHAPTER_CHECKS for problem in check(page)] == []
+
+
+def test_the_letters_of_a_picture_are_no_words(root):
+    notebook = sound_notebook()
+    drawn = picture()
+    drawn.data["image/png"] = "TODO"
+    output(0, drawn)(notebook)
+    assert list(checks.words_are_fit_to_print(page_of(notebook, root))) == []
 
 
 def test_a_timing_need_not_be_compared(root):
