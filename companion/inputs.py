@@ -106,24 +106,33 @@ class _DrawWith(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def draw(distribution: Any, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+def draw(
+    distribution: Any,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    reparameterized: bool = False,
+) -> Tensor:
     """Draw `n` independent points from a distribution, from an explicit generator.
 
     `torch.distributions` samplers take no generator; here the generator is handed to the random
     functions that they call, so the global generator is left alone. Any other object draws by its
-    own `sample(n, generator=generator)`.
+    own `sample(n, generator=generator)`, or `rsample` likewise.
 
     Args:
         distribution: a `torch.distributions.Distribution`, or an object with `sample`.
         n: number of draws, at least 1.
         generator: source of randomness; None is PyTorch's global generator.
+        reparameterized: draw by `rsample`, so that the draws are differentiable functions of the
+            distribution's parameters. The same generator gives the same draws.
 
     Returns:
-        `(n, *batch, *event)`, without gradient.
+        `(n, *batch, *event)`, without gradient unless `reparameterized`.
 
     Raises:
-        TypeError: the distribution has no `sample`, or drew from the global generator all the same
-            (then wrap it in an object whose `sample` takes `generator`).
+        TypeError: the distribution has no `sample` (or no `rsample`, if that is what was asked
+            for), or drew from the global generator all the same (then wrap it in an object whose
+            `sample` takes `generator`).
 
     >>> normal = torch.distributions.Normal(0.0, 1.0)
     >>> a = draw(normal, 3, generator=torch.Generator().manual_seed(1))
@@ -132,18 +141,24 @@ def draw(distribution: Any, n: int, *, generator: torch.Generator | None = None)
     (torch.Size([3]), True)
     """
     check_count("n", n)
-    if not hasattr(distribution, "sample"):
+    method = "rsample" if reparameterized else "sample"
+    if not hasattr(distribution, method):
         raise TypeError(
-            f"expected a torch.distributions object or one with sample(n, generator=), "
+            f"expected a torch.distributions object or one with {method}(n, generator=), "
             f"got {type(distribution).__name__}"
         )
+    sampler = getattr(distribution, method)
     if not isinstance(distribution, torch.distributions.Distribution):
-        return distribution.sample(n, generator=generator)
+        return sampler(n, generator=generator)
+    if reparameterized and not distribution.has_rsample:
+        raise TypeError(
+            f"{type(distribution).__name__} has no reparameterised draws: its has_rsample is False"
+        )
     if generator is None:
-        return distribution.sample(torch.Size((n,)))
+        return sampler(torch.Size((n,)))
     before = torch.get_rng_state()
     with _DrawWith(generator):
-        x = distribution.sample(torch.Size((n,)))
+        x = sampler(torch.Size((n,)))
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
         raise TypeError(
