@@ -46,7 +46,7 @@ $(CONFIGURED): _config.yml _toc.yml tools/site_config.py $(wildcard book/_static
 	@touch $@
 
 book: $(READY) $(CONFIGURED)
-	@$(BIN)/jupyter-book build . -q
+	@$(BIN)/jupyter-book build . -q > /dev/null
 	@echo "The book is built: open $(CURDIR)/_build/html/index.html in a browser, or run: make serve"
 
 serve: book
