@@ -177,6 +177,8 @@ def allowed_numbers_are_needed(pages: list[Page]) -> Iterator[str]:
             yield f"allowed_numbers.toml allows {entry['text']!r}, which stands nowhere"
         if not NUMBER.search(entry["text"]) or len(entry["reason"].split()) < 3:
             yield f"allowed_numbers.toml has no number or no reason for {entry['text']!r}"
+        if not re.search(r"[^\W\d_]{2}", NUMBER.sub("", entry["text"])):
+            yield f"allowed_numbers.toml allows {entry['text']!r} anywhere: add words around it"
 
 
 # ---------------------------------------------------------------- the anatomy of a chapter

@@ -440,13 +440,20 @@ def test_a_number_is_allowed_only_in_its_words_and_its_place(root, allow):
         assert any("stands nowhere" in x for x in checks.allowed_numbers_are_needed([page]))
 
 
-@pytest.mark.parametrize("entry", [("the title", "a reason of its own"), ("95 % interval", "")])
-def test_an_allowance_needs_a_number_and_a_reason(root, allow, entry):
+@pytest.mark.parametrize(
+    ("words", "reason", "found"),
+    [
+        ("the title", "a reason of its own", "no number or no reason"),
+        ("95 % interval", "because", "no number or no reason"),
+        ("95 %", "a reason of its own", "add words around it"),
+    ],
+)
+def test_an_allowance_needs_a_number_words_and_a_reason(root, allow, words, reason, found):
     notebook = sound_notebook()
     typed("In the title, a 95 % interval.")(notebook)
-    allow((entry[0], "book/*", entry[1]))
+    allow((words, "book/*", reason))
     problems = list(checks.allowed_numbers_are_needed([page_of(notebook, root)]))
-    assert any("no number or no reason" in problem for problem in problems)
+    assert any(found in problem for problem in problems), problems
 
 
 def test_a_page_that_the_table_of_contents_leaves_out_is_found(book, root):
