@@ -147,6 +147,7 @@ def run(path: Path) -> float:
         timeout=None,
         kernel_name="python3",
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        coalesce_streams=True,  # where printed text is cut into pieces depends on timing
         resources={"metadata": {"path": str(path.parent)}},
     )
     start = time.perf_counter()
