@@ -57,13 +57,18 @@ def test_other_projects_documentation_is_left_alone_offline(
     assert configured(monkeypatch, BOOK_ONLINE="1").intersphinx_mapping == MAPPING
 
 
+def public_modules(folder: Path) -> set[str]:
+    """The modules that users import; a package that exports names itself counts as one."""
+    name = ".".join(folder.relative_to(ROOT).parts)
+    if "__all__" in (folder / "__init__.py").read_text():
+        return {name}
+    modules = {f"{name}.{path.stem}" for path in folder.glob("[!_]*.py")}
+    inner = (path.parent for path in folder.glob("*/__init__.py"))
+    return modules.union(*map(public_modules, inner))
+
+
 def test_every_module_has_its_page_in_the_reference() -> None:
-    package = ROOT / "companion"
-    modules = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in package.rglob("*.py")
-        if path.stem != "__init__"
-    }
+    modules = public_modules(ROOT / "companion")
     pages = {path.stem: path.read_text() for path in (ROOT / "book/api").glob("companion.*.md")}
     assert pages.keys() == modules
     for name, text in pages.items():
