@@ -161,7 +161,7 @@ MUTANTS = {
     "sign": {"bug": "sign"},
     "hastings": {"bug": "hastings", "drift": 0.5},
     "restart": {"bug": "restart"},
-    "stale": {"bug": "stale"},
+    "stale": {"bug": "stale", "step": 2.0},
     "small": {"bug": "hastings", "drift": 0.1},
 }
 
