@@ -1,7 +1,7 @@
 """Every chapter and page of the book, held to the checks."""
 
 import pytest
-from checks import (
+from chapter_checks import (
     BOOK_CHECKS,
     CHAPTER_CHECKS,
     PAGE_CHECKS,

@@ -2,7 +2,7 @@
 
 A check takes a parsed page and yields a sentence for each thing that is wrong with it. The chapters
 are held to `CHAPTER_CHECKS`, the pages to `PAGE_CHECKS` and all of them together to `BOOK_CHECKS`;
-`test_checks.py` plants each defect in a sound chapter and sees it found.
+`test_chapter_checks.py` plants each defect in a sound chapter and sees it found.
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import checks
+import chapter_checks as checks
 import nbformat
 import pytest
 from nbformat import v4
