@@ -1,6 +1,7 @@
 """`fit`: what a run does, what it records, when it stops, and that a kill changes nothing."""
 
 import functools
+import itertools
 import math
 import multiprocessing
 import random
@@ -632,10 +633,9 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
 # ---------------------------------------------------------------- killed
 
 
-def killed_run(path, pipe):
+def killed_run(path):
     """What the killed process does: an RBM by persistent chains, one short epoch after another."""
     torch.set_num_threads(1)
-    pipe.send("started")
     finish(path)
 
 
@@ -669,22 +669,26 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
     path = tmp_path / "killed"
     moments = random.Random(0)
     epochs = []  # at which the kills found the run
+
+    def last_save():
+        return path.stat().st_mtime_ns if path.exists() else None
+
     while len(epochs) < 8:
-        ours, theirs = SERVER.Pipe()
-        process = SERVER.Process(target=killed_run, args=(path, theirs))
+        before = last_save()
+        process = SERVER.Process(target=killed_run, args=(path,))
         process.start()
-        assert ours.poll(60)
-        time.sleep(moments.uniform(0.0, 0.12))
+        while process.is_alive() and last_save() == before:  # let each get a little further
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.06))
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was done before the kill came
             break
         assert process.exitcode == -signal.SIGKILL
         # Whatever the moment, the file is whole: load_state checks its digest.
-        saved = load_state(path)["parts"]["record"] if path.exists() else {"loss": []}
-        epochs.append(len(saved["loss"]))
-    assert epochs == sorted(epochs)
-    assert len({epoch for epoch in epochs if 0 < epoch < 150}) >= 3, epochs
+        epochs.append(len(load_state(path)["parts"]["record"]["loss"]))
+    assert len(epochs) >= 3
+    assert all(0 < a < b for a, b in itertools.pairwise(epochs))
     resumed = finish(path)
     assert equal(resumed, finish(tmp_path / "whole"))
     assert path.read_bytes() == (tmp_path / "whole").read_bytes()
