@@ -60,8 +60,8 @@ def configure(app: Sphinx, config: Config) -> None:
     online = bool(os.environ.get("BOOK_ONLINE"))
     config.intersphinx_mapping = within_reach(config.intersphinx_mapping) if online else {}
     config.nitpick_ignore_regex = [
-        ("py:obj", ".*"),  # single backticks in docstrings: most of them are not names
-        ("py:.*", r"(?!companion\b).*"),  # other projects' names, unless their inventory is loaded
+        ("py:obj", r"(?s).*"),  # single backticks in docstrings: most of them are not names
+        ("py:.*", r"(?s)(?!companion\b).*"),  # other projects' names: known only when online
     ]
 
 

@@ -70,3 +70,11 @@ def page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     yield context.new_page()
     context.close()
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[Page]:
+    """One tab for all the tests of a module, so that what pages share is fetched once."""
+    context = browser.new_context()
+    yield context.new_page()
+    context.close()

@@ -46,10 +46,11 @@ def origin(folder: Path) -> Iterator[str]:
 def complaints_of(page: Page, origin: str, folder: Path, **parts: str) -> dict[str, list[str]]:
     """What each check says of a page made of these parts."""
     html = SOUND.format(**({"style": "", "body": "<p>Text</p>", "script": ""} | parts))
-    (folder / "index.html").write_text(html)
+    name = f"{len(list(folder.iterdir()))}.html"  # a new one each time, for the browser's cache
+    (folder / name).write_text(html)
     page.set_viewport_size({"width": 390, "height": 844})
     with checks.watched(page, origin) as heard:
-        page.goto(origin)
+        page.goto(origin + name)
         checks.settle(page)
     said = {"watched": heard}
     for check in (
@@ -79,8 +80,8 @@ GREY = "<p>Text <span style='{}'>more text</span></p>"
         {"body": "<p>costs <code>$$</code></p>"},
     ],
 )
-def test_a_sound_page_passes(page: Page, origin: str, folder: Path, parts: dict[str, str]) -> None:
-    assert not any(complaints_of(page, origin, folder, **parts).values())
+def test_a_sound_page_passes(tab: Page, origin: str, folder: Path, parts: dict[str, str]) -> None:
+    assert not any(complaints_of(tab, origin, folder, **parts).values())
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,9 @@ def test_a_sound_page_passes(page: Page, origin: str, folder: Path, parts: dict[
     ],
 )  # fmt: skip
 def test_a_broken_page_is_rejected_by_its_check_alone(
-    page: Page, origin: str, folder: Path, check: str, parts: dict[str, str]
+    tab: Page, origin: str, folder: Path, check: str, parts: dict[str, str]
 ) -> None:
-    said = complaints_of(page, origin, folder, **parts)
+    said = complaints_of(tab, origin, folder, **parts)
     assert [name for name, complaints in said.items() if complaints] == [check]
 
 
@@ -123,17 +124,17 @@ def test_a_broken_page_is_rejected_by_its_check_alone(
     ],
 )
 def test_focus_that_does_not_show_is_found(
-    page: Page, origin: str, folder: Path, style: str, shows: bool
+    tab: Page, origin: str, folder: Path, style: str, shows: bool
 ) -> None:
-    complaints_of(page, origin, folder, style=style, body="<a href='#here'>A link</a>")
-    assert (checks.invisible_focus(page, stops=1) == []) == shows
+    complaints_of(tab, origin, folder, style=style, body="<a href='#here'>A link</a>")
+    assert (checks.invisible_focus(tab, stops=1) == []) == shows
 
 
 def test_a_page_that_the_keyboard_cannot_enter_is_found(
-    page: Page, origin: str, folder: Path
+    tab: Page, origin: str, folder: Path
 ) -> None:
-    complaints_of(page, origin, folder)
-    assert checks.invisible_focus(page, stops=2) == ["the keyboard reaches nothing"]
+    complaints_of(tab, origin, folder)
+    assert checks.invisible_focus(tab, stops=2) == ["the keyboard reaches nothing"]
 
 
 @pytest.mark.parametrize(("ci", "status"), [("", 0), ("true", 1)])

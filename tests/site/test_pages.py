@@ -1,11 +1,9 @@
 """Every page of the built site works in a real browser: desk and phone, light and dark."""
 
-from collections.abc import Iterator
-
 import checks
 import pytest
 from conftest import SITE
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 
 PAGES = sorted(
     name
@@ -15,14 +13,6 @@ PAGES = sorted(
 )
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1400, "height": 900}
-
-
-@pytest.fixture(scope="module")
-def tab(browser: Browser) -> Iterator[Page]:
-    """One tab for all pages, so that what they share is fetched once."""
-    context = browser.new_context(viewport=DESK)  # type: ignore[arg-type]
-    yield context.new_page()
-    context.close()
 
 
 def test_the_front_door_leads_to_this_book(page: Page, site: str) -> None:
