@@ -7,6 +7,7 @@ what to do.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,18 +19,18 @@ __all__ = ["Sampler", "check_count", "check_finite", "check_generator", "check_r
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
     """Return `value`, or raise if it is not an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # NumPy's count, too
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return int(value)
 
 
 def check_real(
     name: str, value: float, *, minimum: float = -math.inf, maximum: float = math.inf
 ) -> float:
     """Return `value` as a float, or raise unless it lies strictly between the limits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (math.isfinite(value) and minimum < value < maximum):
         raise ValueError(
@@ -149,18 +150,21 @@ def draw(
         )
     sampler = getattr(distribution, method)
     if not isinstance(distribution, torch.distributions.Distribution):
-        return sampler(n, generator=generator)
+        x = sampler(n, generator=generator)
+        return x if reparameterized else x.detach()
     if reparameterized and not distribution.has_rsample:
         raise TypeError(
             f"{type(distribution).__name__} has no reparameterised draws: its has_rsample is False"
         )
     if generator is None:
         return sampler(torch.Size((n,)))
-    before = torch.get_rng_state()
+    sources: list[Any] = [torch, torch.cuda] if generator.device.type == "cuda" else [torch]
+    before = [source.get_rng_state() for source in sources]
     with _DrawWith(generator):
         x = sampler(torch.Size((n,)))
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
+    if not all(map(torch.equal, before, [source.get_rng_state() for source in sources])):
+        for source, state in zip(sources, before, strict=True):
+            source.set_rng_state(state)
         raise TypeError(
             f"{type(distribution).__name__} draws from the global generator and cannot be given "
             "one; wrap it in an object with sample(n, generator=) and log_prob"
