@@ -57,7 +57,8 @@ def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     own = getattr(log_prob, "value_and_grad", None)
     if own is not None:
-        return cast(tuple[Tensor, Tensor], own(x))
+        value, grad = cast(tuple[Tensor, Tensor], own(x))
+        return value.detach(), grad.detach()
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = log_prob(x)
@@ -104,7 +105,7 @@ class Kernel(NamedTuple):
     step: Callable[..., tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """The draws of `sample`.
 
@@ -132,14 +133,16 @@ class Trace:
         from arviz_base import from_dict  # slow to import
 
         ndim = self.accept_prob.ndim
-        chains = (max(1, self.accept_prob.numel()),)
+        chains = (self.accept_prob.numel(),)
         groups = {"posterior": {"x": self.x.reshape(chains + self.x.shape[ndim:]).cpu().numpy()}}
         if self.log_prob is not None:
             log_prob = self.log_prob.reshape(chains + self.log_prob.shape[ndim:])
             groups["sample_stats"] = {"lp": log_prob.cpu().numpy()}
-        return from_dict(groups)
+        # Hundreds of chains of few draws are meant: ArviZ takes them for swapped dimensions.
+        return from_dict(groups, check_conventions=False)
 
 
+@torch.no_grad()  # else a model's parameters would keep the graph of every step
 def sample(
     kernel: Kernel,
     x0: Tensor,
@@ -190,8 +193,8 @@ def sample(
         state, _ = kernel.step(state, generator=generator)
         bar.update()
     xs, log_probs = [], []
-    accept_sum: Tensor | float = 0.0
-    num_nan: Tensor | int = 0
+    accept_sum: Any = 0.0  # tensors from the first step on
+    num_nan: Any = 0
     for i in range(num_draws * thin):
         state, info = kernel.step(state, generator=generator)
         accept_sum = accept_sum + info.accept_prob
@@ -201,20 +204,19 @@ def sample(
             log_probs.append(state.log_prob)
         bar.update()
     bar.close()
-    accept_prob = torch.as_tensor(accept_sum) / (num_draws * thin)
+    accept_prob: Tensor = accept_sum / (num_draws * thin)
     chain_dims = accept_prob.ndim  # draws go right behind the chains
-    counted = torch.as_tensor(num_nan)
-    if counted.any():
+    if num_nan.any():
         warnings.warn(
-            f"{int(counted.sum())} proposals had a NaN log-density and were rejected "
-            f"(in {int((counted > 0).sum())} of {max(1, counted.numel())} chains)",
+            f"{int(num_nan.sum())} proposals had a NaN log-density and were rejected "
+            f"(in {int((num_nan > 0).sum())} of {num_nan.numel()} chains)",
             stacklevel=2,
         )
     return Trace(
         x=torch.stack(xs, chain_dims),
         log_prob=None if log_probs[0] is None else torch.stack(log_probs, chain_dims),
         accept_prob=accept_prob,
-        num_nan=counted,
+        num_nan=num_nan,
     )
 
 
@@ -257,7 +259,7 @@ class AnnealingPath(Protocol):
         ...
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class LogZ:
     """An estimate of the logarithm of a partition function (or of a ratio of two).
 
@@ -297,6 +299,7 @@ class LogZ:
             if given is not None:
                 field = torch.as_tensor(given, dtype=torch.float64, device=like.device)
             object.__setattr__(self, name, field)
+        object.__setattr__(self, "std_error", self.std_error.expand(self.value.shape))
         object.__setattr__(self, "converged", converged)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:

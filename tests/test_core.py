@@ -1,0 +1,344 @@
+"""The contracts: densities with gradients, kernels run by `sample`, traces, and log Z."""
+
+import dataclasses
+import math
+import pickle
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from companion.core import AnnealingPath, Kernel, LogZ, Trace, sample, value_and_grad
+
+# ---------------------------------------------------------------- value_and_grad
+
+
+def quartic(x: Tensor) -> Tensor:
+    """Not symmetric, not separable: `(..., 2) -> (...)`."""
+    return -((x[..., 0] - 1) ** 4) - (x[..., 0] * x[..., 1]) ** 2 + x[..., 1]
+
+
+def quartic_grad(x: Tensor) -> Tensor:
+    first, second = x.unbind(-1)
+    return torch.stack(
+        [-4 * (first - 1) ** 3 - 2 * first * second**2, 1 - 2 * first**2 * second], -1
+    )
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 2), (3, 5, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autograd_supplies_the_gradient_of_each_chain(rng, device, shape, dtype):
+    x = torch.randn(shape, dtype=dtype, device=device, generator=rng(0, device))
+    value, grad = value_and_grad(quartic, x)
+    torch.testing.assert_close(value, quartic(x))
+    torch.testing.assert_close(grad, quartic_grad(x))
+    assert not value.requires_grad
+    assert not grad.requires_grad
+    assert not x.requires_grad  # the caller's tensor is left alone
+
+
+def test_a_nan_in_one_chain_leaves_the_gradients_of_the_others_alone():
+    x = torch.tensor([[1.0], [-1.0], [4.0]])
+    value, grad = value_and_grad(lambda y: y[:, 0].sqrt(), x)
+    assert value.isnan().tolist() == [False, True, False]
+    assert grad[0, 0] == 0.5
+    assert grad[2, 0] == 0.25
+
+
+def test_gradients_are_found_inside_no_grad_and_leave_parameters_alone():
+    layer = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        _, grad = value_and_grad(lambda x: layer(x)[..., 0], torch.zeros(4, 2))
+    torch.testing.assert_close(grad, layer.weight.detach().expand(4, 2))
+    assert layer.weight.grad is None
+
+
+def test_a_density_with_its_own_gradient_is_used_as_it_is():
+    class Own:
+        weight = torch.tensor(3.0, requires_grad=True)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            raise AssertionError("its own method should have been called")
+
+        def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.weight * x.sum(-1), self.weight.expand(x.shape)
+
+    value, grad = value_and_grad(Own(), torch.ones(5, 2))
+    assert value.tolist() == [6.0] * 5
+    assert grad.tolist() == [[3.0, 3.0]] * 5
+    assert not value.requires_grad
+    assert not grad.requires_grad
+
+
+# ---------------------------------------------------------------- sample
+
+
+class Count(NamedTuple):
+    x: Tensor
+    log_prob: Tensor | None
+
+
+class Info(NamedTuple):
+    accept_prob: Tensor
+    accepted: Tensor
+
+
+class NanInfo(NamedTuple):
+    accept_prob: Tensor
+    accepted: Tensor
+    is_nan: Tensor
+
+
+def counting(event_dims: int, log_prob: bool = True) -> Kernel:
+    """Adds one to every chain at each step: draw number t shows which steps were kept."""
+
+    def density(x: Tensor) -> Tensor | None:
+        return 10.0 * x.flatten(x.ndim - event_dims)[..., 0] if event_dims else 10.0 * x
+
+    def step(state: Count, *, generator=None) -> tuple[Count, Info]:
+        x = state.x + 1
+        chains = x.shape[: x.ndim - event_dims]
+        accept = torch.full(chains, 0.25, dtype=x.dtype, device=x.device)
+        return Count(x, density(x) if log_prob else None), Info(accept, accept > 0.5)
+
+    return Kernel(lambda x: Count(x, density(x) if log_prob else None), step)
+
+
+@pytest.mark.parametrize("chains", [(), (4,), (3, 4)])
+@pytest.mark.parametrize("event", [(), (2,), (2, 3)])
+def test_draws_go_right_behind_the_chains(device, chains, event):
+    x0 = torch.zeros((*chains, *event), dtype=torch.float64, device=device)
+    trace = sample(counting(len(event)), x0, 5)
+    assert trace.x.shape == (*chains, 5, *event)
+    assert trace.log_prob.shape == (*chains, 5)
+    assert trace.accept_prob.shape == trace.num_nan.shape == chains
+    assert trace.x.dtype == torch.float64
+    assert {trace.x.device.type, trace.num_nan.device.type} == {device.type}
+    last_chain = trace.x.reshape(-1, 5, math.prod(event))[-1, :, 0]
+    assert last_chain.tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(trace.log_prob.reshape(-1, 5)[-1], 10 * last_chain)
+    assert (trace.accept_prob == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "thin", "expected"),
+    [(0, 1, [1, 2, 3]), (4, 1, [5, 6, 7]), (0, 3, [3, 6, 9]), (2, 5, [7, 12, 17])],
+)
+def test_warmup_and_thinning_keep_the_right_steps(warmup, thin, expected):
+    trace = sample(counting(1), torch.zeros(2, 1), 3, warmup=warmup, thin=thin)
+    assert trace.x[:, :, 0].tolist() == [expected, expected]
+    assert trace.log_prob.tolist() == [[10 * t for t in expected]] * 2
+
+
+def test_kernels_without_a_log_density_give_none():
+    trace = sample(counting(1, log_prob=False), torch.zeros(2, 1), 3)
+    assert trace.log_prob is None
+
+
+def nan_at(steps: dict[int, list[int]]) -> Kernel:
+    """Reports NaN at the given steps (from 1) in the given chains of three."""
+
+    def step(state: Count, *, generator=None) -> tuple[Count, NanInfo]:
+        x = state.x + 1
+        is_nan = torch.zeros(3, dtype=torch.bool)
+        is_nan[steps.get(int(x[0, 0]), [])] = True
+        accept = torch.where(is_nan, 0.0, 1.0)
+        return Count(x, None), NanInfo(accept, ~is_nan, is_nan)
+
+    return Kernel(lambda x: Count(x, None), step)
+
+
+def test_nan_proposals_are_counted_by_chain_after_the_warmup_and_warned_of():
+    kernel = nan_at({1: [0, 1, 2], 3: [0], 4: [0, 2], 6: [0]})
+    with pytest.warns(UserWarning, match=r"4 proposals had a NaN .* \(in 2 of 3 chains\)"):
+        trace = sample(kernel, torch.zeros(3, 1), 2, warmup=2, thin=2)
+    assert trace.num_nan.tolist() == [3, 0, 1]
+    assert trace.accept_prob.tolist() == [0.25, 1.0, 0.75]  # thinned steps count, warm-up does not
+
+
+def test_nan_during_the_warmup_alone_is_no_warning():
+    trace = sample(nan_at({1: [0, 1, 2]}), torch.zeros(3, 1), 2, warmup=1)
+    assert trace.num_nan.tolist() == [0, 0, 0]
+
+
+def test_the_graph_of_a_model_is_not_kept():
+    """A log-density with parameters would otherwise hold every step's graph in memory."""
+    weight = torch.ones(2, requires_grad=True)
+
+    def density(x: Tensor) -> Tensor:
+        return -(weight * x).square().sum(-1)
+
+    def step(state: Count, *, generator=None) -> tuple[Count, Info]:
+        x = state.x + torch.randn(state.x.shape, generator=generator)
+        accept = (density(x) - state.log_prob).exp().clamp(max=1)
+        return Count(x, state.log_prob + density(x)), Info(accept, accept > 0)
+
+    trace = sample(Kernel(lambda x: Count(x, density(x)), step), torch.zeros(3, 2), 4)
+    assert not trace.log_prob.requires_grad
+    assert not trace.accept_prob.requires_grad
+    torch.set_grad_enabled(True)  # and gradients are on again afterwards
+    assert density(torch.ones(2)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"num_draws": 0}, ValueError, "num_draws must be at least 1"),
+        ({"num_draws": 2.0}, TypeError, "num_draws must be an integer"),
+        ({"warmup": -1}, ValueError, "warmup must be at least 0"),
+        ({"thin": 0}, ValueError, "thin must be at least 1"),
+        ({"x0": torch.tensor([0.0, math.nan])}, ValueError, r"x0 has 1 NaN.*index \(1,\)"),
+        ({"x0": torch.zeros(0, 2)}, ValueError, "x0 is empty"),
+        ({"x0": [0.0]}, TypeError, "x0 must be a torch.Tensor"),
+        ({"generator": 1}, TypeError, "generator must be a torch.Generator"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_kernel_runs(keywords, error, message):
+    def fail(*args, **kwargs):
+        raise AssertionError("the kernel ran")
+
+    arguments = {"x0": torch.zeros(2), "num_draws": 2} | keywords
+    with pytest.raises(error, match=message):
+        sample(Kernel(fail, fail), **arguments)
+
+
+def test_the_generator_reaches_the_kernel(rng):
+    def step(state: Count, *, generator=None) -> tuple[Count, Info]:
+        x = torch.randn(state.x.shape, generator=generator)
+        return Count(x, None), Info(torch.ones(4), torch.ones(4, dtype=torch.bool))
+
+    kernel = Kernel(lambda x: Count(x, None), step)
+    first = sample(kernel, torch.zeros(4, 2), 10, generator=rng(1))
+    again = sample(kernel, torch.zeros(4, 2), 10, generator=rng(1))
+    assert torch.equal(first.x, again.x)
+    assert not torch.equal(first.x, sample(kernel, torch.zeros(4, 2), 10, generator=rng(2)).x)
+
+
+def test_progress_is_silent_unless_asked_for(capfd):
+    sample(counting(1), torch.zeros(2, 1), 3)
+    assert capfd.readouterr() == ("", "")
+    sample(counting(1), torch.zeros(2, 1), 3, warmup=2, thin=4, progress=True)
+    assert "14/14" in capfd.readouterr().err
+
+
+def test_no_tensor_of_a_trace_is_made_on_the_default_device():
+    x0, kernel = torch.zeros(3, 2), counting(1)
+    with torch.device("meta"):
+        trace = sample(kernel, x0, 4, warmup=1)
+        tensors = (trace.x, trace.log_prob, trace.accept_prob, trace.num_nan)
+        assert {t.device.type for t in tensors} == {"cpu"}
+
+
+# ---------------------------------------------------------------- Trace
+
+
+@pytest.mark.parametrize("chains", [(), (4,), (3, 4)])
+def test_arviz_gets_chains_draws_and_event(chains):
+    pytest.importorskip("arviz_base")
+    trace = sample(counting(2), torch.zeros(*chains, 2, 3), 5)
+    tree = trace.to_arviz()
+    num_chains = math.prod(chains)
+    assert tree["posterior"]["x"].shape == (num_chains, 5, 2, 3)
+    assert tree["posterior"]["x"].dims[:2] == ("chain", "draw")
+    assert tree["sample_stats"]["lp"].shape == (num_chains, 5)
+    assert tree["posterior"]["x"].values[-1, :, 0, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_arviz_gets_no_log_density_where_there_is_none():
+    pytest.importorskip("arviz_base")
+    tree = sample(counting(1, log_prob=False), torch.zeros(2, 1), 5).to_arviz()
+    assert "sample_stats" not in tree.children
+
+
+def test_results_are_frozen_and_compare_by_identity():
+    trace = sample(counting(1), torch.zeros(2, 1), 3)
+    log_z = LogZ(torch.zeros(2), 0.0)
+    for result, name in ((trace, "x"), (log_z, "value")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(result, name, None)
+        assert result == result  # tensors of several entries have no truth value to compare by
+        assert result != dataclasses.replace(result)
+    assert isinstance(trace, Trace)
+
+
+# ---------------------------------------------------------------- LogZ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_log_z_is_float64_on_the_device_of_its_value(device, dtype):
+    log_z = LogZ(
+        torch.tensor([1, 2], dtype=dtype, device=device),
+        torch.tensor([0.1, 0.2]),
+        log_weights=torch.zeros(5, 2),
+        ess=torch.tensor(3.0),
+        covariance=torch.eye(2),
+    )
+    for name in ("value", "std_error", "log_weights", "ess", "covariance"):
+        field = getattr(log_z, name)
+        assert (field.dtype, field.device.type) == (torch.float64, device.type), name
+
+
+def test_log_z_of_numbers_has_no_other_fields():
+    log_z = LogZ(2, 0)
+    assert (log_z.value.item(), log_z.std_error.item()) == (2.0, 0.0)
+    assert log_z.log_weights is log_z.ess is log_z.covariance is None
+    assert log_z.converged
+    assert not LogZ(2, 0, converged=False).converged
+
+
+def test_one_standard_error_serves_a_whole_vector():
+    log_z = LogZ(torch.tensor([1.0, 2.0, 3.0]), 0.0)
+    assert log_z.std_error.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_log_z_carries_the_gradient_of_an_exact_value():
+    b = torch.tensor(1.0, requires_grad=True)
+    LogZ(torch.nn.functional.softplus(b), 0.0).value.backward()
+    torch.testing.assert_close(b.grad, torch.sigmoid(b.detach()))
+
+
+def test_log_z_interval_is_the_normal_one():
+    low, high = LogZ(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 0.0])).interval(
+        0.6826894921370859
+    )
+    assert low.tolist() == pytest.approx([-1.0, 5.0])
+    assert high.tolist() == pytest.approx([3.0, 5.0])
+    assert low.dtype == torch.float64
+    for level in (0.0, 1.0, 95.0, math.nan):
+        with pytest.raises(ValueError, match="level must be a finite number above 0.0 and below 1"):
+            LogZ(1.0, 1.0).interval(level)
+
+
+def test_log_z_survives_pickling_and_replacement():
+    log_z = LogZ(torch.tensor([1.0, 2.0]), 0.5, ess=torch.tensor(9.0))
+    again = pickle.loads(pickle.dumps(log_z))
+    assert torch.equal(again.value, log_z.value)
+    assert torch.equal(again.ess, log_z.ess)
+    moved = dataclasses.replace(log_z, value=log_z.value + 1, converged=False)
+    assert moved.value.tolist() == [2.0, 3.0]
+    assert not moved.converged
+
+
+def test_log_z_does_not_move_to_the_default_device():
+    value = torch.zeros(2)
+    with torch.device("meta"):
+        assert LogZ(value, 0.1).interval()[1].device.type == "cpu"
+        assert LogZ(1.0, 0.1).value.device.type == "cpu"
+
+
+# ---------------------------------------------------------------- AnnealingPath
+
+
+def test_annealing_paths_are_known_by_their_methods():
+    class Path:
+        base_log_z = 0.0
+
+        def sample_base(self, n, *, generator=None): ...
+
+        def log_prob(self, x, beta): ...
+
+        def step(self, x, beta, *, generator=None): ...
+
+    assert isinstance(Path(), AnnealingPath)
+    assert not isinstance(object(), AnnealingPath)
