@@ -34,7 +34,7 @@ __all__ = [
 # ---------------------------------------------------------------- means and their error bars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A mean of independent values, with its standard error.
 
@@ -240,7 +240,7 @@ def _check_two_samples(n: int) -> None:
 # ---------------------------------------------------------------- rejection sampling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RejectionResult:
     """What `rejection_sampling` returns.
 

@@ -161,7 +161,7 @@ def _check_allowed(log_probs: Tensor) -> Tensor:
 # ---------------------------------------------------------------- exact-start invariance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InvarianceResult:
     """What an invariance test found.
 

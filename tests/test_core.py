@@ -162,7 +162,7 @@ def test_nan_during_the_warmup_alone_is_no_warning():
     assert trace.num_nan.tolist() == [0, 0, 0]
 
 
-def test_the_graph_of_a_model_is_not_kept():
+def test_the_graph_of_a_model_is_not_kept(rng):
     """A log-density with parameters would otherwise hold every step's graph in memory."""
     weight = torch.ones(2, requires_grad=True)
 
@@ -174,11 +174,11 @@ def test_the_graph_of_a_model_is_not_kept():
         accept = (density(x) - state.log_prob).exp().clamp(max=1)
         return Count(x, state.log_prob + density(x)), Info(accept, accept > 0)
 
-    trace = sample(Kernel(lambda x: Count(x, density(x)), step), torch.zeros(3, 2), 4)
+    kernel = Kernel(lambda x: Count(x, density(x)), step)
+    trace = sample(kernel, torch.zeros(3, 2), 4, generator=rng(3))
     assert not trace.log_prob.requires_grad
     assert not trace.accept_prob.requires_grad
-    torch.set_grad_enabled(True)  # and gradients are on again afterwards
-    assert density(torch.ones(2)).requires_grad
+    assert density(torch.ones(2)).requires_grad  # gradients are on again afterwards
 
 
 @pytest.mark.parametrize(
