@@ -435,7 +435,9 @@ def _sections(page: Page) -> list[tuple[str, list[Item]]]:
     sections: list[tuple[str, list[Item]]] = [("", [])]
     for item in page.items:
         if item.kind == "heading" and item.name == "2":
-            sections.append((item.text, []))
+            # Where the book has no code of its own, the library that one would use takes its place.
+            title = re.sub("^With PyTorch", "With the companion", item.text)
+            sections.append((title, []))
         else:
             sections[-1][1].append(item)
     return sections

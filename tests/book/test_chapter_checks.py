@@ -382,6 +382,12 @@ def test_a_timing_need_not_be_compared(root):
     assert list(checks.outputs_are_compared(page_of(notebook, root))) == []
 
 
+def test_a_chapter_without_code_of_the_companion_may_use_pytorch(root):
+    notebook = sound_notebook()
+    text("## With the companion", "## With PyTorch")(notebook)
+    assert list(checks.sections_stand_in_order(page_of(notebook, root))) == []
+
+
 def test_a_theorem_may_name_a_test_of_a_class(root):
     assert checks.test_exists(root, "tests/test_it.py::TestIt::test_within")
     assert not checks.test_exists(root, "tests/test_it.py::TestIt::test_without")
