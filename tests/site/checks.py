@@ -134,6 +134,29 @@ def sideways_scrolling(page: Page) -> list[str]:
     )
 
 
+def cut_off(page: Page) -> list[str]:
+    """Code and formulas that end behind the edge of a box that does not scroll."""
+    return page.evaluate(
+        """() => {
+            const bad = [];
+            for (const one of document.querySelectorAll('code, pre, mjx-container, table, img')) {
+                if (!one.checkVisibility({checkVisibilityCSS: true})) continue;
+                const {right, width} = one.getBoundingClientRect();
+                if (width < 2) continue;
+                for (let box = one.parentElement; box; box = box.parentElement) {
+                    const flow = getComputedStyle(box).overflowX;
+                    if (flow === 'auto' || flow === 'scroll') break;
+                    const edge = box.getBoundingClientRect().right;
+                    if (flow === 'visible' || right <= edge + 1) continue;
+                    bad.push(`cut off in ${box.className}: ${one.textContent.slice(0, 60)}`);
+                    break;
+                }
+            }
+            return bad;
+        }"""
+    )
+
+
 def low_contrast(page: Page) -> list[str]:
     """Text too faint on what lies behind it: under 4.5 to 1, or 3 to 1 where it is large (WCAG)."""
     return page.evaluate(

@@ -57,6 +57,7 @@ def complaints_of(page: Page, origin: str, folder: Path, **parts: str) -> dict[s
         checks.bad_mathematics,
         checks.undrawn_images,
         checks.sideways_scrolling,
+        checks.cut_off,
         checks.low_contrast,
         checks.transparent_figures,
     ):
@@ -73,6 +74,7 @@ GREY = "<p>Text <span style='{}'>more text</span></p>"
         {},
         {"body": f"<img alt='red' src='{png(255)}'>"},
         {"body": "<p style='overflow-x: auto'><span style='display: block; width: 900px'>a"},
+        {"body": "<p style='overflow-x: auto'><code>" + "a" * 200},
         {"body": GREY.format("color: #767676")},  # 4.54 to 1
         {"body": GREY.format("color: #949494; font-size: 24px")},  # 3.03 to 1, large
         {"body": "<p>Text</p>" + GREY.format("color: #fff; background: #222")},
@@ -98,6 +100,7 @@ def test_a_sound_page_passes(tab: Page, origin: str, folder: Path, parts: dict[s
         ("undrawn_images", {"body": "<img alt='none' src='data:image/png;base64,AAAA'>"}),
         ("undrawn_images", {"body": f"<img src='{png(255)}'>"}),
         ("sideways_scrolling", {"body": "<p style='width: 400px'>wide</p>"}),
+        ("cut_off", {"body": "<p style='overflow: hidden'><code>" + "a" * 200}),
         ("low_contrast", {"body": GREY.format("color: #777")}),  # 4.48 to 1
         ("low_contrast", {"body": GREY.format("color: #959595; font-size: 24px")}),  # 2.99 to 1
         ("low_contrast", {"body": GREY.format("opacity: 0.4")}),

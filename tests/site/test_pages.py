@@ -39,4 +39,5 @@ def test_page(tab: Page, site: str, name: str) -> None:
             checks.set_theme(tab, theme)
             complaints += [f"{device}, {theme}: {bad}" for bad in checks.low_contrast(tab)]
         complaints += [f"{device}: {bad}" for bad in checks.sideways_scrolling(tab)]
+        complaints += [f"{device}: {bad}" for bad in checks.cut_off(tab)]
     assert not complaints, "\n".join(complaints)
