@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Cauchy, Exponential, Independent, Normal, Uniform
 
-from companion import monte_carlo
 from companion.monte_carlo import (
     Estimate,
     estimate,
     expectation,
     proportion_interval,
+    rejection,
     rejection_sampling,
     samples_needed,
 )
@@ -420,10 +420,10 @@ def test_rejection_draws_follow_the_target(rng, device, dtype, monkeypatch):
 
     assert p_value() > 1e-5
     # Forgetting the proposal's density, and accepting with the square root, must both be noticed.
-    correct = monte_carlo._log_accept
-    monkeypatch.setattr(monte_carlo, "_log_accept", lambda p, q, m, x: p(x).double())
+    correct = rejection._log_accept
+    monkeypatch.setattr(rejection, "_log_accept", lambda p, q, m, x: p(x).double())
     assert p_value() < 1e-5
-    monkeypatch.setattr(monte_carlo, "_log_accept", lambda *args: correct(*args) / 2)
+    monkeypatch.setattr(rejection, "_log_accept", lambda *args: correct(*args) / 2)
     assert p_value() < 1e-5
 
 
