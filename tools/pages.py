@@ -156,8 +156,9 @@ def run_times_page(root: Path = ROOT) -> str:
     seconds = [chapter.notebook.metadata.companion.seconds for chapter in chapters]
     text = """# Chapter run times
 
-How long each notebook took when its outputs were stored, on two cores, the start of Python
-included. A notebook may take a minute; the average may be twenty seconds.
+The processor time that each notebook took when its outputs were stored, the start of Python
+included: on one thread, that is how long it takes on a machine with nothing else to do. A notebook
+may take a minute; the average may be twenty seconds.
 
 | Chapter | Seconds |
 |---|---:|
