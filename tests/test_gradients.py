@@ -39,7 +39,6 @@ from companion.gradients import (
     pathwise_gradient,
     score_function_gradient,
 )
-from companion.inputs import draw
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 FROM_OTHERS = ["leave_one_out", "optimal"]
@@ -639,59 +638,6 @@ def test_pytorchs_relaxed_and_straight_through_distributions_are_biased_as_predi
     for found, exact in ((relaxed, relaxed_moment(0.5, False)), (through, predicted)):
         assert abs(float((found.value[0] - exact) / found.std_error[0])) < Z
         assert abs(float((found.value[0] - BIT_GRADIENT) / found.std_error[0])) > Z
-
-
-# ---------------------------------------------------------------- reparameterised draws
-
-
-REPARAMETERIZED = {
-    "normal": lambda t: Normal(t, 1.0),
-    "gamma": lambda t: Gamma(t, 1.0),
-    "beta": lambda t: Beta(t, 2.0),
-    "dirichlet": Dirichlet,
-    "exponential": Exponential,
-    "uniform": lambda t: Uniform(0.0, t),
-    "laplace": lambda t: Laplace(t, 1.0),
-    "pareto": lambda t: Pareto(t, 2.0),
-    "relaxed": lambda t: RelaxedOneHotCategorical(t.new_tensor(0.5), logits=t),
-    "straight-through": lambda t: OneHotCategoricalStraightThrough(logits=t),
-    "several normals": lambda t: Independent(Normal(t, 1.0), 1),
-    "multivariate": lambda t: MultivariateNormal(t, torch.eye(2).to(t)),
-}
-
-
-@pytest.mark.parametrize("name", REPARAMETERIZED)
-def test_reparameterized_draws_are_the_same_draws_with_a_gradient(rng, name):
-    theta = double(0.7, 1.3).requires_grad_()
-    law = REPARAMETERIZED[name](theta)
-    before = torch.get_rng_state()
-    x = draw(law, 40, generator=rng(34), reparameterized=True)
-    assert torch.equal(before, torch.get_rng_state())
-    assert x.requires_grad
-    assert torch.equal(x, draw(law, 40, generator=rng(34)))
-    assert not torch.equal(x, draw(law, 40, generator=rng(35), reparameterized=True))
-    assert not draw(law, 40, generator=rng(34)).requires_grad
-
-
-def test_reparameterized_draws_of_other_objects_are_their_own():
-    class Shifted:
-        def __init__(self, theta):
-            self.theta = theta
-
-        def rsample(self, n, *, generator=None):
-            return self.theta + torch.randn(n, generator=generator)
-
-    theta = torch.tensor(2.0, requires_grad=True)
-    assert draw(Shifted(theta), 4, reparameterized=True).requires_grad
-    with pytest.raises(TypeError, match=r"one with sample\(n, generator=\), got Shifted"):
-        draw(Shifted(theta), 4)
-
-
-def test_draws_that_cannot_be_reparameterized_are_refused(rng):
-    with pytest.raises(TypeError, match="Bernoulli has no reparameterised draws"):
-        draw(Bernoulli(0.5), 3, generator=rng(36), reparameterized=True)
-    with pytest.raises(TypeError, match=r"one with rsample\(n, generator=\), got object"):
-        draw(object(), 3, reparameterized=True)
 
 
 # ---------------------------------------------------------------- randomness, devices, grad modes
