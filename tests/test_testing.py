@@ -321,6 +321,7 @@ def heat_bath(log_prob, values: tuple[float, float] = (0.0, 1.0), *, bug: str = 
 @pytest.mark.parametrize("kind", ["bits", "spins"])
 def test_a_correct_discrete_kernel_passes_and_mutants_do_not(rng, device, dtype, kind):
     states = binary_states(6, device=device, dtype=dtype)
+    states = states[torch.randperm(64, generator=rng(10))]  # in any order
     values = (0.0, 1.0)
     if kind == "spins":  # a lattice of 2 x 3 spins
         states, values = (2 * states - 1).reshape(-1, 2, 3), (-1.0, 1.0)
