@@ -176,7 +176,10 @@ def test_a_row_says_what_was_compared_and_by_which_test(root):
     page = ledger_page(root)
     what = r"\|pi P - pi\| of W\[0, 0\]"
     assert f"| {what} | 2.00 | 2.31 | 0.10 | 3.1 | it agrees (3-x) |\n" in page
-    assert "## companion.it\n\nThe tests are in `tests/test_it.py`." in page
+    assert "## It\n\nThe tests are in `tests/test_it.py`." in page  # a chapter's own tests
+    (root / "companion").mkdir(exist_ok=True)
+    (root / "companion/it.py").touch()
+    assert "## companion.it\n" in ledger_page(root)
     assert "all 2 of them" in page
     assert "Of the 1 estimates" in page
     assert "3.1 standard errors." in page

@@ -89,7 +89,7 @@ def ledger_tests(root: Path = ROOT) -> set[str]:
 
 
 def ledger_page(root: Path = ROOT) -> str:
-    """The ledger, with a table for each module of the package."""
+    """The ledger, with a table for each file of tests."""
     records = ledger_records(root)
     rows = [row for rows in records.values() for row in rows]
     z = [abs(row.estimate - row.exact) / row.std_error for row in rows if row.std_error > 0]
@@ -109,7 +109,7 @@ error of the exact value ({0.6827 * len(z):.0f} are expected if the standard err
     for module, group in groupby(sorted(records, key=_module), key=_module):
         names = list(group)
         file = names[0].partition("::")[0]
-        text += f"\n## companion.{module}\n\nThe tests are in `{file}`.\n\n"
+        text += f"\n## {_title(module, root)}\n\nThe tests are in `{file}`.\n\n"
         text += "| What | Exact | Estimate | Standard error | z | The test claims |\n"
         text += "|---|---|---|---|---|---|\n"
         for name in names:
@@ -142,6 +142,14 @@ def _module(test: str) -> str:
     return file.replace("test_", "").replace("/", ".")
 
 
+def _title(module: str, root: Path) -> str:
+    """`companion.models.rbm`, or `Gradient descent` where the tests are a chapter's own."""
+    place = root / "companion" / module.replace(".", "/")
+    if place.is_dir() or place.with_suffix(".py").is_file():
+        return f"companion.{module}"
+    return module.replace("_", " ").capitalize()
+
+
 def _escape(text: str) -> str:
     """Plain text, in a table of Markdown."""
     return re.sub(r"([\\`*_\[\]<>$|{}#])", r"\\\1", text)
@@ -153,6 +161,9 @@ def _escape(text: str) -> str:
 def run_times_page(root: Path = ROOT) -> str:
     """How long each chapter runs, and all of them together."""
     chapters = [load(path, root) for path in page_paths(".ipynb", root)]
+    never = [str(_link(c)) for c in chapters if "companion" not in c.notebook.metadata]
+    if never:
+        raise RecordsError(f"no run time of {', '.join(never)}; run make execute")
     seconds = [chapter.notebook.metadata.companion.seconds for chapter in chapters]
     text = """# Chapter run times
 
