@@ -319,3 +319,276 @@ def test_separable_data_have_no_finite_maximum_likelihood_estimate(rng):
     overlapping = torch.where(torch.rand(60, generator=g, dtype=F64) < 0.3, -y, y)
     finite = newton(overlapping, ridge=0.0)
     assert slope(finite, overlapping).norm() < 1e-12 and finite.norm() < 10
+
+
+# ---------------------------------------------------------------- activations
+
+
+def leaky_relu(a: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(a > 0, a, slope * a)
+
+
+def elu(a: Tensor) -> Tensor:
+    return torch.where(a > 0, a, torch.expm1(a.clamp(max=0)))
+
+
+ALPHA = 1 / (math.sqrt(2 * math.pi) * (0.5 - math.exp(0.5) * float(mpmath.ncdf(-1))))
+LAMBDA = 1 / math.sqrt(
+    0.5
+    + ALPHA**2
+    * (math.exp(2) * float(mpmath.ncdf(-2)) - 2 * math.exp(0.5) * float(mpmath.ncdf(-1)) + 0.5)
+)
+
+
+def selu(a: Tensor) -> Tensor:
+    return LAMBDA * torch.where(a > 0, a, ALPHA * torch.expm1(a.clamp(max=0)))
+
+
+def gelu(a: Tensor) -> Tensor:
+    return a * torch.special.ndtr(a)
+
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "leaky relu": leaky_relu,
+    "elu": elu,
+    "selu": selu,
+    "gelu": gelu,
+}
+
+
+def slope_of(activation, a):
+    a = a.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(activation(a).sum(), a)
+    return slope
+
+
+def expect(f, q=1.0):
+    """E[f(a)] for a normal a of mean 0 and variance q, by the midpoint rule: kinks lie at edges."""
+    step = 2e-4
+    z = (torch.arange(-60_000, 60_000, dtype=F64) + 0.5) * step
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return (f(math.sqrt(q) * z) * density).sum().item() * step
+
+
+def test_activations_are_those_of_pytorch():
+    a = torch.linspace(-30, 30, 2001, dtype=F64)
+    theirs = {"relu": F.relu, "leaky relu": F.leaky_relu, "elu": F.elu, "selu": F.selu}
+    theirs |= {"gelu": F.gelu}
+    for name, function in theirs.items():
+        torch.testing.assert_close(ACTIVATIONS[name](a), function(a), rtol=1e-12, atol=1e-14)
+
+
+def test_largest_derivatives_of_the_activations(ledger):
+    a = torch.linspace(-20, 20, 4_000_001, dtype=F64)  # zero is one of the points
+    peak = math.sqrt(2)
+    peaks = {
+        "sigmoid": (0.25, 0.0),
+        "tanh": (1.0, 0.0),
+        "relu": (1.0, None),
+        "leaky relu": (1.0, None),
+        "elu": (1.0, None),
+        "selu": (LAMBDA * ALPHA, None),
+        "gelu": (float(mpmath.ncdf(peak)) + peak * math.exp(-1) / math.sqrt(2 * math.pi), peak),
+    }
+    for name, (largest, where) in peaks.items():
+        slope = slope_of(ACTIVATIONS[name], a)
+        found = slope.max()
+        tolerance = 1e-10 if where is not None else 1e-4  # a jump is approached, not reached
+        ledger(f"{name}: largest derivative", exact=largest, estimate=found, tolerance=tolerance)
+        assert found <= largest + 1e-12
+        if where is not None:
+            assert abs(a[slope.argmax()] - where) < 1e-4
+    p = torch.sigmoid(a)
+    torch.testing.assert_close(slope_of(torch.sigmoid, a), p * (1 - p))
+    torch.testing.assert_close(torch.tanh(a), 2 * torch.sigmoid(2 * a) - 1)
+    torch.testing.assert_close(slope_of(torch.tanh, a), 1 - torch.tanh(a).square())
+
+
+def test_gradients_of_a_deep_network_are_bounded_by_a_product(rng):
+    for name, largest in (("sigmoid", 0.25), ("tanh", 1.0), ("gelu", 1.13)):
+        g = rng(7)
+        weights = [torch.randn(30, 30, generator=g, dtype=F64) / math.sqrt(30) for _ in range(8)]
+        first = torch.randn(50, 30, generator=g, dtype=F64, requires_grad=True)
+        a = first
+        for w in weights:
+            a = ACTIVATIONS[name](a) @ w
+        sent = torch.randn(50, 30, generator=g, dtype=F64)
+        (received,) = torch.autograd.grad((a * sent).sum(), first)
+        bound = math.prod(largest * torch.linalg.matrix_norm(w, 2).item() for w in weights)
+        ratio = received.norm(dim=1) / sent.norm(dim=1)
+        assert (ratio <= bound).all()
+        if name == "sigmoid":  # and the bound for another activation would not do
+            assert ratio.max() < 1e-3 * bound / 0.25**8
+
+
+def test_variances_propagate_forwards_as_predicted(rng):
+    """Exactly, over the draw of the weights: mean 0 and variance sigma^2 |h|^2, at any width."""
+    g = rng(8)
+    h = torch.rand(7, generator=g, dtype=F64)  # positive, as after a ReLU
+    num, sigma = 200_000, 0.6
+    weights = sigma * math.sqrt(3) * (2 * torch.rand(num, 7, generator=g, dtype=F64) - 1)
+    a = weights @ h  # uniform weights: no normality is needed
+    variance = sigma**2 * h.square().sum()
+    z_mean = a.mean() / (a.std() / math.sqrt(num))
+    squares = a.square()
+
+    def z(claim):
+        return (squares.mean() - claim) / (squares.std() / math.sqrt(num))
+
+    assert abs(z_mean) < 4.5 and abs(z(variance)) < 4.5
+    # the variance of the inputs is not enough: their mean counts, too
+    assert abs(z(sigma**2 * 7 * h.var(correction=0))) > 20
+
+
+def test_he_weights_keep_activations_and_gradients_of_a_relu_network(rng, ledger):
+    """Exact at width 20: weights of either sign make the gates of ReLU fair coins."""
+
+    def squares(variance, g, *, one_way=False, num=20_000, width=20, depth=5):
+        start = torch.ones(num, width, dtype=F64).requires_grad_()
+        h = start
+        for _ in range(depth):
+            w = torch.randn(num, width, width, generator=g, dtype=F64) * math.sqrt(variance)
+            h = torch.relu(torch.einsum("ni,nij->nj", h, w))
+        sent = torch.randn(h.shape, generator=g, dtype=F64).sign()
+        sent = torch.ones_like(h) if one_way else sent
+        (received,) = torch.autograd.grad((h * sent).sum(), start)
+        return h.square().mean(1).detach(), received.square().mean(1)
+
+    def estimate(x):
+        return x.mean(), x.std() / math.sqrt(len(x))
+
+    for what, x in zip(("activations", "gradients"), squares(2 / 20, rng(9)), strict=True):
+        # each layer multiplies by width * variance / 2 = 1
+        mean, error = estimate(x)
+        name = f"He weights: mean square of the {what} after 5 ReLU layers"
+        ledger(name, exact=1.0, estimate=mean, std_error=error)
+    for x in squares(1 / 20, rng(10)):  # with half the variance each layer halves them
+        mean, error = estimate(x)
+        assert abs(mean - 0.5**5) < 4.5 * error
+        assert abs(mean - 1) > 20 * error
+    # the components that are sent back must be uncorrelated: all of one sign, they add up
+    mean, error = estimate(squares(2 / 20, rng(11), one_way=True)[1])
+    assert mean - 1 > 20 * error
+
+
+def test_second_moments_of_the_activations_give_the_initialisations(ledger):
+    def forward(name, q):
+        return expect(lambda a: ACTIVATIONS[name](a).square(), q) / q
+
+    def backward(name, q):
+        return expect(lambda a: slope_of(ACTIVATIONS[name], a).square(), q)
+
+    for q in (0.1, 1.0, 7.0):
+        ledger(f"ReLU: E[phi^2] / q at q = {q}", exact=0.5, estimate=forward("relu", q),
+               tolerance=1e-8)  # fmt: skip
+        assert abs(backward("relu", q) - 0.5) < 1e-8
+        half = (1 + 0.01**2) / 2
+        assert abs(forward("leaky relu", q) - half) < 1e-8
+        assert abs(backward("leaky relu", q) - half) < 1e-8
+    # near zero tanh is the identity: factor 1, and smaller for larger variances
+    assert 1 - 3e-4 < forward("tanh", 1e-4) < 1 and forward("tanh", 1.0) < 0.5
+    # a sigmoid passes on at most a sixteenth of the squared gradient, whatever the variance
+    passed = [backward("sigmoid", q) for q in (1e-6, 0.1, 1.0, 10.0)]
+    assert max(passed) <= 1 / 16 and passed == sorted(passed, reverse=True)
+    # ELU and GELU have no factor that is the same at every variance
+    for name in ("elu", "gelu"):
+        assert abs(forward(name, 4.0) / forward(name, 0.25) - 1) > 0.1
+
+
+def test_selu_has_the_fixed_point_zero_one(ledger):
+    assert abs(ALPHA - 1.6732632423543772) < 1e-14 and abs(LAMBDA - 1.0507009873554805) < 1e-14
+    ledger("SELU of a standard normal: mean", exact=0.0, estimate=expect(selu), tolerance=1e-8)
+    second = expect(lambda a: selu(a).square())
+    ledger("SELU of a standard normal: second moment", exact=1.0, estimate=second, tolerance=1e-8)
+    tail = math.exp(2) * float(mpmath.ncdf(-2))
+    ledger(
+        "SELU of a standard normal: mean squared derivative",
+        exact=LAMBDA**2 * (0.5 + ALPHA**2 * tail),
+        estimate=expect(lambda a: slope_of(selu, a).square()),
+        tolerance=1e-8,
+    )
+    # weights of variance 1 / n iterate q -> E[selu(sqrt(q) Z)^2]: a contraction towards 1
+    for start in (0.05, 0.5, 3.0, 20.0):
+        q = start
+        for _ in range(50):
+            before, q = q, expect(lambda a: selu(a).square(), q)
+            assert abs(q - 1) <= abs(before - 1)
+        assert abs(q - 1) < 1e-4
+    above, below = (expect(lambda a: selu(a).square(), q) for q in (1.001, 0.999))
+    assert abs((above - below) / 0.002 - 0.7826) < 1e-3
+    # He's variance, or ELU in its place, has another fixed point
+    q_he, q_elu = 1.0, 1.0
+    for _ in range(50):
+        q_he = expect(lambda a: selu(a).square(), 2 * q_he)
+        q_elu = expect(lambda a: elu(a).square(), q_elu)
+    assert q_he > 2 and q_elu < 0.1
+
+
+def test_alpha_dropout_keeps_mean_and_variance_and_dropout_does_not(rng):
+    g = rng(11)
+    h = selu(torch.randn(1_000_000, generator=g, dtype=F64))
+    rate, off = 0.1, -LAMBDA * ALPHA
+    keep = torch.rand(len(h), generator=g, dtype=F64) >= rate
+    scale = 1 / math.sqrt((1 - rate) * (1 + rate * off**2))
+    alpha = scale * (torch.where(keep, h, off) - rate * off)
+    plain = h * keep / (1 - rate)
+
+    def z(x, claim):
+        return (x.mean() - claim) / (x.std() / math.sqrt(len(x)))
+
+    assert abs(z(alpha, 0.0)) < 4.5 and abs(z(alpha.square(), 1.0)) < 4.5
+    assert abs(z(plain.square(), 1 / (1 - rate))) < 4.5
+    assert abs(z(plain.square(), 1.0)) > 20
+
+
+def test_a_dead_unit_of_the_first_layer_stays_dead(rng):
+    def train(activation):
+        g = rng(12)
+        x = torch.randn(40, 3, generator=g, dtype=F64)
+        y = torch.randn(40, 1, generator=g, dtype=F64)
+        w1 = torch.randn(3, 5, generator=g, dtype=F64)
+        b1 = torch.zeros(5, dtype=F64)
+        b1[0] = -20.0  # this unit is off on every row
+        w2 = torch.randn(5, 1, generator=g, dtype=F64)
+        start = w1.clone(), b1.clone(), w2.clone()
+        parameters = [p.requires_grad_() for p in (w1, b1, w2)]
+        assert ((x @ w1 + b1)[:, 0] < 0).all()
+        for _ in range(200):
+            cost = (activation(x @ w1 + b1) @ w2 - y).square().mean()
+            for p, slope in zip(parameters, torch.autograd.grad(cost, parameters), strict=True):
+                p.data -= 0.05 * slope
+        return start, [p.detach() for p in parameters]
+
+    start, end = train(torch.relu)
+    assert torch.equal(end[0][:, 0], start[0][:, 0]) and end[1][0] == start[1][0]  # bit for bit
+    assert torch.equal(end[2][0], start[2][0])
+    assert all(not torch.equal(end[0][:, j], start[0][:, j]) for j in range(1, 5))
+    start, end = train(leaky_relu)
+    assert not torch.equal(end[0][:, 0], start[0][:, 0])  # a leaky unit moves, however slowly
+    for activation in (elu, selu):  # these do not leave zero either, once exp(a) is gone
+        assert slope_of(activation, torch.tensor([-800.0], dtype=F64)) == 0
+        assert slope_of(activation, torch.tensor([-110.0])) == 0
+    assert slope_of(leaky_relu, torch.tensor([-110.0])) > 0
+
+
+def test_a_sigmoid_network_is_a_tanh_network_with_larger_weights_and_other_biases(rng):
+    g = rng(13)
+    weights = [torch.randn(6, 6, generator=g, dtype=F64) / math.sqrt(6) for _ in range(4)]
+    x = torch.randn(9, 6, generator=g, dtype=F64)
+
+    def run(ws, bs, activation):
+        h = x
+        for w, b in zip(ws[:-1], bs[:-1], strict=True):
+            h = activation(h @ w + b)
+        return h @ ws[-1] + bs[-1]
+
+    zeros = [torch.zeros(6, dtype=F64)] * 4
+    # sigm(a) = (1 + tanh(a / 2)) / 2: twice the input of each unit, half of its output
+    ws = [2 * weights[0], 4 * weights[1], 4 * weights[2], 2 * weights[3]]
+    bs = [zeros[0], *(-w.sum(0) / 2 for w in ws[1:])]
+    exact = run(weights, zeros, torch.tanh)
+    torch.testing.assert_close(run(ws, bs, torch.sigmoid), exact)
+    assert (run(ws, zeros, torch.sigmoid) - exact).abs().max() > 0.1
