@@ -854,3 +854,75 @@ def test_adapt_proposal_refuses_what_it_cannot_fit(rng):
         adapt_proposal(target.log_prob, wide_normal(), 500, fraction=1.0)
     with pytest.raises(ValueError, match="every weight is zero"):
         adapt_proposal(lambda x: torch.full_like(x[:, 0], -math.inf), wide_normal(), 500)
+
+
+def test_no_proposal_beats_the_one_proportional_to_the_integrand(rng, ledger):
+    generator = rng(60)
+    p = torch.rand(8, generator=generator, **F64) * 3.0  # unnormalised
+    for f in torch.randn(8, generator=generator, **F64), torch.rand(8, generator=generator, **F64):
+        total = (f * p).sum()
+
+        def variance(q: Tensor, f: Tensor = f, total: Tensor = total) -> Tensor:
+            return ((f * p).square() / q).sum(-1) - total**2
+
+        best = (f.abs() * p) / (f.abs() * p).sum()
+        least = (f.abs() * p).sum() ** 2 - total**2
+        assert variance(best) == pytest.approx(float(least), abs=1e-12)
+        noise = torch.randn(1000, 8, generator=generator, **F64)
+        for size in (0.01, 0.1, 1.0):
+            others = best * (size * noise).exp()
+            assert (variance(others / others.sum(1, keepdim=True)) > least).all()
+        for wrong in p, f.square() * p:  # the target itself, and the square of the integrand
+            assert variance(wrong / wrong.sum()) > least + 0.01
+    # The last f is positive: every draw of the best proposal gives the integral itself.
+    q = torch.distributions.Categorical(best)
+    found = importance_sampling(lambda x: p[x].log(), q, 30, generator=generator)
+    integral = found.integral(lambda x: f[x])
+    assert integral.std_error < 1e-14
+    ledger("sum of f p~ from the optimal proposal", exact=float(total), estimate=integral.value)
+
+
+def test_tilting_a_normal_law_reaches_its_tail_with_the_closed_form_variance(rng, ledger):
+    t, n = 5.0, 2000
+    exact = scipy.stats.norm.sf(t)
+    law = Normal(torch.zeros(200, **F64), 1.0)
+    tilted = Normal(torch.full((200,), t, **F64), 1.0)
+    with pytest.warns(UserWarning, match="collapsed"):  # for Z, of which the tail has no need
+        found = importance_sampling(law.log_prob, tilted, n, generator=rng(61))
+    tail = found.integral(lambda x: (x > t).double())
+    variance = math.exp(t**2) * scipy.stats.norm.sf(2 * t) - exact**2
+    z = (tail.value - exact) / math.sqrt(variance / n)
+    assert is_calibrated(z)
+    assert not is_calibrated(z * math.sqrt(variance / (exact * (1 - exact))))  # as if untilted
+    mean = estimate(tail.value)
+    ledger(
+        "P(X > 5) for a standard normal X, from draws of N(5, 1)",
+        exact=exact,
+        estimate=mean.value,
+        std_error=mean.std_error,
+    )
+
+
+def test_weights_of_a_defensive_mixture_and_their_mean_square_are_bounded():
+    x = torch.linspace(-40, 40, 400_001, **F64)
+    safe = StudentT(torch.tensor(3.0, **F64))
+
+    def mean_square(q) -> float:
+        logs = 2 * bell(x) - math.log(math.pi) - q.log_prob(x)
+        return float(torch.trapezoid(logs.exp(), x))
+
+    under_safe = mean_square(safe)
+    for a in (0.05, 0.2, 0.5):
+        for variance in (0.05, 0.5, 4.0):  # infinite mean square alone, a perfect fit, too wide
+            q = Normal(torch.zeros((), **F64), math.sqrt(variance))
+            mixed = defensive_mixture(q, safe, a)
+            excess = safe.log_prob(x) + math.log(a) - mixed.log_prob(x)
+            assert (excess <= 1e-12).all()  # of log w over log p~ / (a r)
+            assert mean_square(mixed) <= under_safe / a
+            if variance > 0.25:
+                assert mean_square(mixed) <= mean_square(q) / (1 - a) * (1 + 1e-12)
+    # Neither bound holds without its factor: the defence has its price.
+    narrow = Normal(torch.zeros((), **F64), math.sqrt(0.05))
+    assert mean_square(defensive_mixture(narrow, safe, 0.2)) > under_safe
+    fit = Normal(torch.zeros((), **F64), math.sqrt(0.5))
+    assert mean_square(defensive_mixture(fit, safe, 0.2)) > mean_square(fit)
