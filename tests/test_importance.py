@@ -18,6 +18,7 @@ from companion.importance import (
     importance_sampling,
     log_mean_weight,
     pareto_k,
+    proposals,
     psis,
     resample,
     weights,
@@ -191,7 +192,9 @@ def test_intervals_cover_as_often_as_they_say(rng):
     assert p_value(found.log_z.interval(0.8), LOG_ROOT_PI) < 1e-5
 
 
-@pytest.mark.parametrize(("mean", "variance", "dim"), [(0.5, 1.0, 1), (0.2, 0.7, 4), (0.3, 1.3, 2)])
+@pytest.mark.parametrize(
+    ("mean", "variance", "dim"), [(0.5, 1.0, 1), (0.2, 0.7, 4), (0.3, 1.15, 2)]
+)
 def test_variance_between_normal_laws_is_the_closed_form(rng, mean, variance, dim):
     # E_q[w^2] for p = N(mean, variance) and q = N(0, 1), to the power of the dimension.
     a = 1 / variance - 0.5
@@ -202,7 +205,7 @@ def test_variance_between_normal_laws_is_the_closed_form(rng, mean, variance, di
     found = importance_sampling(p.log_prob, q, n, generator=rng(5))
     z = (found.log_z.value.exp() - 1) / math.sqrt((one**dim - 1) / n)
     assert is_calibrated(z)
-    assert not is_calibrated(z * math.sqrt((one**dim - 1) / (one ** (dim + 3) - 1)))
+    assert not is_calibrated(z * math.sqrt((one**dim - 1) / (one ** (3 * dim) - 1)))
     # n / ESS estimates the same second moment.
     ratio = estimate(n / found.ess)
     assert abs(ratio.value - one**dim) < Z * ratio.std_error + 10 * one**dim / n  # O(1/n) bias
@@ -230,7 +233,8 @@ def test_a_constant_in_log_prob_moves_log_z_alone(rng):
         (one.pareto_k, two.pareto_k),
         (one.expectation(torch.square).value, two.expectation(torch.square).value),
     ):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+        # Near 5000 a log weight keeps 12 digits, and the fit of k loses some more.
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=0)
     with pytest.raises(ValueError, match=r"weights overflow: the largest is exp\(500"):
         two.integral(torch.square)
 
@@ -318,6 +322,8 @@ def test_results_are_float64_on_the_device_of_the_draws(rng, device, dtype):
     assert (found.x.dtype, found.x.device.type) == (dtype, device.type)
     second = found.expectation(torch.square)
     log_z = found.log_z
+    difference = bell(found.x).double() - q.log_prob(found.x).double()  # no digit lost
+    assert torch.equal(found.log_weights, difference)
     for got in (found.log_weights, log_z.value, log_z.std_error, found.ess, found.pareto_k):
         assert (got.dtype, got.device.type) == (torch.float64, device.type)
     assert (second.value.dtype, second.value.device.type) == (torch.float64, device.type)
@@ -552,6 +558,10 @@ def test_collapsed_weights_warn_where_they_were_asked_for(rng):
         weights.warn_if_collapsed(torch.tensor([0.0, 1.0]))
     weights.warn_if_collapsed(torch.tensor([0.0, 0.0]))
     weights.warn_if_collapsed(torch.zeros(100), torch.tensor(0.49))
+    weights.warn_if_collapsed(torch.zeros(99), torch.tensor(0.9))  # too few draws to tell
+    weights.warn_if_collapsed(torch.tensor([0.49, 0.27, 0.24]).log())
+    with pytest.warns(UserWarning, match="up to 51% of the weight"):
+        weights.warn_if_collapsed(torch.tensor([0.51, 0.25, 0.24]).log())
     with pytest.warns(UserWarning, match=r"k-hat is up to 0.51 \(limit 0.50\)"):
         weights.warn_if_collapsed(torch.zeros(100, 2), torch.tensor([0.51, math.nan]))
 
@@ -784,6 +794,31 @@ def two_modes() -> GaussianMixture:
 
 def wide_normal(dim: int = 2, dtype: torch.dtype = torch.float64) -> MultivariateNormal:
     return MultivariateNormal(torch.zeros(dim, dtype=dtype), 25 * torch.eye(dim, dtype=dtype))
+
+
+def test_an_em_step_fits_the_weighted_draws_better(rng):
+    x = torch.randn(500, 2, generator=rng(58), **F64).cumsum(1)
+    share = torch.rand(500, generator=rng(59), **F64)
+    share /= share.sum()
+    eye = torch.eye(2, **F64)
+
+    def log_likelihood(probs: Tensor, means: Tensor, covariances: Tensor) -> float:
+        parts = MultivariateNormal(means, covariances).log_prob(x[:, None]) + probs.log()
+        return float(share @ parts.logsumexp(1))
+
+    one = proposals._em_step(x, share, torch.ones(1, **F64), x[:1], eye[None])
+    torch.testing.assert_close(one[1][0], share @ x)
+    torch.testing.assert_close(one[2][0], x.T.cov(aweights=share, correction=0))
+    three = (torch.full((3,), 1 / 3, **F64), x[:3], eye.expand(3, 2, 2))
+    for _ in range(20):
+        before, three = log_likelihood(*three), proposals._em_step(x, share, *three)
+        assert log_likelihood(*three) > before
+    # A component that no draw came from stays where it is, and harms nothing.
+    far = (torch.tensor([0.5, 0.5], **F64), torch.tensor([[0.0], [1e6]], **F64) + x[:1])
+    probs, means, covariances = proposals._em_step(x, share, *far, eye.expand(2, 2, 2))
+    assert probs.tolist() == [1.0, 0.0]
+    assert torch.equal(means[1], far[1][1]) and torch.equal(covariances[1], eye)
+    torch.testing.assert_close(means[0], share @ x)
 
 
 def test_an_adapted_proposal_finds_both_modes(rng, ledger):
