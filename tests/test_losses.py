@@ -592,3 +592,31 @@ def test_a_sigmoid_network_is_a_tanh_network_with_larger_weights_and_other_biase
     exact = run(weights, zeros, torch.tanh)
     torch.testing.assert_close(run(ws, bs, torch.sigmoid), exact)
     assert (run(ws, zeros, torch.sigmoid) - exact).abs().max() > 0.1
+
+
+def test_relu_pulls_images_together_and_centred_activations_do_not(ledger):
+    def product(activation, c, q=1.0):
+        """E[phi(a) phi(b)] / E[phi(a)^2] for normal a, b of variance q and correlation c."""
+        z = (torch.arange(-800, 800, dtype=F64) + 0.5) * 0.01
+        weight = torch.exp(-z.square() / 2)
+        a = math.sqrt(q) * z[:, None]
+        b = math.sqrt(q) * (c * z[:, None] + math.sqrt(1 - c * c) * z[None, :])
+        both = weight[:, None] * weight[None, :]
+        moments = [(both * activation(a) * activation(x)).sum().item() for x in (b, a)]
+        return moments[0] / moments[1]
+
+    for c in (-0.9, 0.0, 0.3, 0.95):
+        theta = math.acos(c)
+        exact = c + (math.sin(theta) - theta * math.cos(theta)) / math.pi
+        ledger(f"ReLU: correlation {c} after a layer", exact=exact,
+               estimate=product(torch.relu, c), tolerance=1e-4)  # fmt: skip
+        assert exact > c + 1e-3
+        assert abs(product(torch.relu, c, q=5.0) - exact) < 1e-4
+    for activation in (torch.sigmoid, torch.relu, elu, gelu):
+        mean, square = expect(activation), expect(lambda a, f=activation: f(a).square())
+        assert abs(product(activation, 0.0) - mean**2 / square) < 1e-4
+        assert mean**2 / square > 0.03
+    for q in (0.1, 1.0, 10.0):
+        assert abs(product(torch.tanh, 0.0, q)) < 1e-12
+    assert abs(product(selu, 0.0)) < 1e-4
+    assert abs(product(selu, 0.0, q=4.0)) > 0.01  # only at its fixed point
