@@ -6,18 +6,12 @@ estimates meet on one plot.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 from companion.core import LogProb, LogZ
-from companion.inputs import check_count
-from companion.testing import binary_states
+from companion.testing.enumeration import check_allowed, log_prob_blocks
 
 __all__ = ["enumeration"]
-
-_LOW_BITS = 14  # states evaluated in one call of the log-density
 
 
 @torch.no_grad()
@@ -51,37 +45,6 @@ def enumeration(
     >>> f"{enumeration(fair_coins, 10).value:.6f}"           # 10 log 2
     '6.931472'
     """
-    check_count("num_bits", num_bits)
-    if num_bits > 25:
-        raise ValueError(
-            f"enumeration sums over 2^num_bits states and stops at 25 bits, got {num_bits}; "
-            "estimate log Z by annealed importance sampling (AIS) instead"
-        )
-    num_low = min(_LOW_BITS, num_bits)
-    low = binary_states(num_low, device=device, dtype=dtype)
-    high_bits = num_bits - num_low
-    high = binary_states(high_bits, device=device, dtype=dtype) if high_bits else low[:1, :0]
-    total = torch.tensor(-math.inf, dtype=torch.float64, device=low.device)
-    for row in high:
-        states = torch.cat([row.expand(len(low), -1), low], dim=-1)
-        values = _checked(log_prob(states), states)
-        total = torch.logaddexp(total, values.double().logsumexp(0))
-    if total == -math.inf:
-        raise ValueError("log_prob is minus infinity at every state: there is nothing to normalise")
-    return LogZ(total, 0.0)
-
-
-def _checked(values: Tensor, states: Tensor) -> Tensor:
-    if values.shape != states.shape[:-1]:
-        raise ValueError(
-            f"log_prob must map (..., n) to (...): for states of shape {tuple(states.shape)} it "
-            f"gave {tuple(values.shape)} instead of {tuple(states.shape[:-1])}"
-        )
-    bad = torch.isnan(values) | (values == math.inf)
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"log_prob is {float(values[first])} at the state {states[first].tolist()}; it must be "
-            "finite or minus infinity"
-        )
-    return values
+    blocks = log_prob_blocks(log_prob, num_bits, device=device, dtype=dtype)
+    sums = torch.stack([block.logsumexp(0) for block in blocks])
+    return LogZ(check_allowed(sums).logsumexp(0), 0.0)

@@ -1,10 +1,4 @@
-"""Checks for samplers, to be used on samplers of your own.
-
-A Markov kernel is correct when it leaves its target invariant: chains that start from exact draws
-of the target still follow the target after any number of steps. `invariance_test` puts that to a
-statistical test where the target can be drawn from exactly, `discrete_invariance_test` where its
-states can be enumerated. No chain has to converge, so a test takes seconds, and it sees errors that
-leave means and plots alone.
+"""Exact-start invariance: chains that start from exact draws of the target still follow it.
 
 Choose a target that is asymmetric and correlated, take several steps, and run the same check on a
 kernel that you have broken on purpose: a check that cannot fail proves nothing.
@@ -20,145 +14,9 @@ from torch import Tensor
 
 from companion.core import Kernel, LogProb
 from companion.inputs import Sampler, check_count, check_finite, check_generator, check_real, draw
+from companion.testing.enumeration import check_allowed, state_log_probs
 
-__all__ = [
-    "InvarianceResult",
-    "assert_invariant",
-    "binary_states",
-    "discrete_invariance_test",
-    "enumerate_log_probs",
-    "exact_distribution",
-    "invariance_test",
-]
-
-
-# ---------------------------------------------------------------- enumeration
-
-_MAX_BITS = 25  # 33,554,432 states
-_BLOCK_BITS = 14  # states evaluated in one call of a log-density
-
-
-def binary_states(
-    num_bits: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """All binary vectors of a length, in lexicographic order: row i holds the binary digits of i.
-
-    Args:
-        num_bits: n, the length, at most 25.
-        device: where the states are made, by default PyTorch's default device.
-        dtype: their dtype, by default PyTorch's default.
-
-    Returns:
-        `(2**n, n)`, zeros and ones.
-
-    Raises:
-        ValueError: `num_bits` below 1 or above 25.
-
-    >>> binary_states(2)
-    tensor([[0., 0.],
-            [0., 1.],
-            [1., 0.],
-            [1., 1.]])
-    """
-    _check_bits(num_bits)
-    states = torch.empty(2**num_bits, num_bits, device=device, dtype=dtype)
-    index = torch.arange(2**num_bits, device=device)
-    for bit in range(num_bits):  # by columns: a matrix of integers would take the memory again
-        states[:, bit] = (index >> (num_bits - 1 - bit)) & 1
-    return states
-
-
-@torch.no_grad()
-def enumerate_log_probs(
-    log_prob: LogProb,
-    num_bits: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The log-density of every binary state, evaluated in blocks of at most 2^14 states.
-
-    Args:
-        log_prob: unnormalised log-density, `(m, n) -> (m,)`; minus infinity forbids a state.
-        num_bits: n, at most 25.
-        device: where the states are made, by default PyTorch's default device.
-        dtype: their dtype, by default PyTorch's default.
-
-    Returns:
-        `(2**n,)`, float64, in the order of `binary_states(n)`.
-
-    Raises:
-        ValueError: `num_bits` out of range; a log-density of another shape, NaN or plus infinity;
-            no state allowed.
-
-    >>> enumerate_log_probs(lambda x: x.sum(-1), 2)
-    tensor([0., 1., 1., 2.], dtype=torch.float64)
-    """
-    _check_bits(num_bits)
-    num_low = min(num_bits, _BLOCK_BITS)
-    low = binary_states(num_low, device=device, dtype=dtype)
-    high = low[:1, :0]  # one row of no bits
-    if num_bits > num_low:
-        high = binary_states(num_bits - num_low, device=device, dtype=dtype)
-    blocks = [_log_probs(log_prob, torch.cat([row.expand(len(low), -1), low], 1)) for row in high]
-    return _check_allowed(torch.cat(blocks))
-
-
-def exact_distribution(
-    log_prob: LogProb,
-    num_bits: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The probability of every binary state, by enumeration: `p(x) = p~(x) / sum_x' p~(x')`.
-
-    Args:
-        log_prob: unnormalised log-density, `(m, n) -> (m,)`.
-        num_bits: n, at most 25.
-        device: as in `enumerate_log_probs`, which does the work and raises its errors.
-        dtype: as in `enumerate_log_probs`.
-
-    Returns:
-        `(2**n,)`, float64, in the order of `binary_states(n)`; the sum is 1.
-
-    >>> exact_distribution(lambda x: x.sum(-1) * 0.6931471805599453, 2)  # p~ = 2^(number of ones)
-    tensor([0.1111, 0.2222, 0.2222, 0.4444], dtype=torch.float64)
-    """
-    return enumerate_log_probs(log_prob, num_bits, device=device, dtype=dtype).softmax(0)
-
-
-def _check_bits(num_bits: int) -> None:
-    if check_count("num_bits", num_bits) > _MAX_BITS:
-        raise ValueError(
-            f"enumeration stops at {_MAX_BITS} bits (33 million states), got num_bits = {num_bits}"
-        )
-
-
-def _log_probs(log_prob: LogProb, states: Tensor) -> Tensor:
-    value = log_prob(states)
-    if value.shape != states.shape[:1]:
-        raise ValueError(
-            f"log_prob must give one number a state: for states of shape {tuple(states.shape)} it "
-            f"gave {tuple(value.shape)}, expected ({len(states)},)"
-        )
-    wrong = value.isnan() | (value == torch.inf)
-    if wrong.any():
-        i = int(torch.nonzero(wrong)[0])
-        raise ValueError(f"log_prob is {float(value[i])} at the state {states[i].tolist()}")
-    return value.detach().double()
-
-
-def _check_allowed(log_probs: Tensor) -> Tensor:
-    if not (log_probs > -torch.inf).any():
-        raise ValueError("log_prob is minus infinity at every state: none is allowed")
-    return log_probs
-
-
-# ---------------------------------------------------------------- exact-start invariance
+__all__ = ["InvarianceResult", "assert_invariant", "discrete_invariance_test", "invariance_test"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +145,7 @@ def discrete_invariance_test(
     Reference: Cochran (1954), *Some methods for strengthening the common chi-square tests*.
 
     >>> from types import SimpleNamespace as State
+    >>> from companion.testing import binary_states
     >>> def flip(state, *, generator):                       # right for fair coins only
     ...     return State(x=1 - state.x), None
     >>> kernel, coins = Kernel(lambda x: State(x=x), flip), binary_states(3)
@@ -304,7 +163,7 @@ def discrete_invariance_test(
     check_count("num_steps", num_steps)
     check_finite("states", states)
     check_generator(generator, states.device)
-    p = _check_allowed(_log_probs(log_prob, states)).softmax(0)
+    p = check_allowed(state_log_probs(log_prob, states)).softmax(0)
     u = torch.rand(num_chains, dtype=p.dtype, device=p.device, generator=generator)
     start = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1)
     end = _run(kernel, states[start], num_steps, generator)
