@@ -1,0 +1,107 @@
+"""The mass matrix M of Hamiltonian and Langevin moves: the covariance of the momentum.
+
+`p ~ N(0, M)`, so that `p = L z` with `M = L L^T` and standard normal z; the velocity is `M^-1 p`
+and the kinetic energy `p^T M^-1 p / 2`. Where a coordinate of the target varies little, its mass
+should be large: the ideal M is the inverse of the target's covariance.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from companion.inputs import check_finite
+
+__all__ = ["Mass", "kinetic_energy", "make_mass", "momentum", "velocity"]
+
+
+class Mass(NamedTuple):
+    """A mass matrix, factorised once. Both fields are None for the identity."""
+
+    factor: Tensor | None
+    """L: the Cholesky factor `(d, d)`, or the square roots of a diagonal, of the event's shape."""
+    inverse: Tensor | None
+    """`M^-1`: `(d, d)`, or the reciprocals of a diagonal, of the event's shape."""
+    is_dense: bool = False
+
+
+def make_mass(
+    mass: Tensor | None, event_shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Mass:
+    """Check and factorise a mass matrix.
+
+    Args:
+        mass: M: None (the identity), a tensor of the event's shape (a diagonal), or `(d, d)` for an
+            event of shape `(d,)`.
+        event_shape: shape of a point.
+        dtype: that of the points.
+        device: that of the points.
+
+    Returns:
+        A `Mass`.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: a shape, dtype or device that does not fit, entries of a diagonal that are not
+            positive, or a matrix that is not symmetric and positive definite.
+
+    >>> mass = make_mass(torch.tensor([4.0, 0.25]), torch.Size([2]), torch.float32,
+    ...                  torch.device("cpu"))
+    >>> mass.factor, mass.inverse
+    (tensor([2.0000, 0.5000]), tensor([0.2500, 4.0000]))
+    """
+    if mass is None:
+        return Mass(None, None)
+    check_finite("mass", mass)
+    is_dense = len(event_shape) == 1 and mass.shape == event_shape * 2
+    if not is_dense and mass.shape != event_shape:
+        matrix = f", or {tuple(event_shape * 2)}" if len(event_shape) == 1 else ""
+        raise ValueError(
+            f"mass must have the shape of a point, {tuple(event_shape)}{matrix}, got "
+            f"{tuple(mass.shape)}"
+        )
+    if mass.dtype != dtype or mass.device != device:
+        raise ValueError(
+            f"mass must be of {dtype} on {device} as the points are, got {mass.dtype} on "
+            f"{mass.device}"
+        )
+    mass = mass.detach()
+    if not is_dense:
+        if not (mass > 0).all():
+            raise ValueError(f"mass must be positive, its smallest entry is {float(mass.min())}")
+        return Mass(mass.sqrt(), mass.reciprocal())
+    factor, info = torch.linalg.cholesky_ex(mass.double())  # once, so in full precision
+    asymmetry = float((mass - mass.mT).abs().max())
+    if info.any() or asymmetry > 1e-5 * float(mass.abs().max()):
+        raise ValueError(
+            "mass must be symmetric and positive definite; the largest difference from its "
+            f"transpose is {asymmetry:.3g}, its smallest eigenvalue "
+            f"{float(torch.linalg.eigvalsh(mass.double()).min()):.3g}"
+        )
+    return Mass(factor.to(dtype), torch.cholesky_inverse(factor).to(dtype), is_dense=True)
+
+
+def momentum(mass: Mass, normal: Tensor) -> Tensor:
+    """`L z`, which is `N(0, M)` for standard normal z, `(*chains, *event)`."""
+    if mass.factor is None:
+        return normal
+    return normal @ mass.factor.T if mass.is_dense else normal * mass.factor
+
+
+def velocity(mass: Mass, p: Tensor) -> Tensor:
+    """`M^-1 p`, `(*chains, *event)`; p itself for the identity."""
+    if mass.inverse is None:
+        return p
+    return p @ mass.inverse if mass.is_dense else p * mass.inverse
+
+
+def kinetic_energy(mass: Mass, p: Tensor, like: Tensor) -> Tensor:
+    """`p^T M^-1 p / 2`, of the shape of `like`, `(*chains)`.
+
+    >>> p = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    >>> kinetic_energy(Mass(None, None), p, torch.zeros(2))
+    tensor([2.5000, 0.5000])
+    """
+    return 0.5 * (p * velocity(mass, p)).reshape(*like.shape, -1).sum(-1)
