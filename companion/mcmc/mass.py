@@ -7,14 +7,17 @@ should be large: the ideal M is the inverse of the target's covariance.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from companion.inputs import check_finite
+from companion.mcmc.base import GradientState
 
-__all__ = ["Mass", "kinetic_energy", "make_mass", "momentum", "velocity"]
+__all__ = ["Mass", "kinetic_energy", "make_mass", "mass_for", "momentum", "velocity"]
 
 
 class Mass(NamedTuple):
@@ -81,6 +84,24 @@ def make_mass(
             f"{float(torch.linalg.eigvalsh(mass.double()).min()):.3g}"
         )
     return Mass(factor.to(dtype), torch.cholesky_inverse(factor).to(dtype), is_dense=True)
+
+
+def mass_for(mass: Tensor | None) -> Callable[[GradientState], Mass]:
+    """`make_mass(mass, ...)` for the points of a state, done once for each kind of points.
+
+    >>> state = GradientState(torch.zeros(5, 2), torch.zeros(5), torch.zeros(5, 2))
+    >>> mass_for(torch.tensor([4.0, 0.25]))(state).factor
+    tensor([2.0000, 0.5000])
+    """
+    if mass is not None and not isinstance(mass, Tensor):
+        raise TypeError(f"mass must be a torch.Tensor or None, got {type(mass).__name__}")
+    make = functools.cache(functools.partial(make_mass, mass))
+
+    def of(state: GradientState) -> Mass:
+        x = state.x
+        return make(x.shape[state.log_prob.ndim :], x.dtype, x.device)
+
+    return of
 
 
 def momentum(mass: Mass, normal: Tensor) -> Tensor:
