@@ -281,8 +281,8 @@ def per_chain(value: Tensor | float, state: ChainState | GradientState) -> Tenso
 
 # ---------------------------------------------------------------- compiling
 
-PureStep: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
-"""`(state, noise) -> (state, info)`."""
+PureStep: TypeAlias = Callable[..., tuple[Any, Any]]
+"""`(..., state, noise) -> (state, info)`."""
 
 
 def compile_step(step: PureStep, compile: bool) -> PureStep:
