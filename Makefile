@@ -5,6 +5,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_READY := .venv-bench/.ready
 CONFIGURED := _build/.configured
 RECORDS := _build/ledger-records.jsonl
 
@@ -12,7 +13,7 @@ RECORDS := _build/ledger-records.jsonl
 export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help book serve test unit execute lint pages lock clean
+.PHONY: help book serve test unit execute lint pages bench lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,8 +24,9 @@ help:
 	@echo "make execute   run the notebooks whose code changed and store their outputs (ALL=1: all)"
 	@echo "make lint      style and types only"
 	@echo "make pages     the appendix pages that are made from records: run make unit before"
+	@echo "make bench     time the package beside its peers (installs them into .venv-bench)"
 	@echo "make lock      write requirements.lock from what .venv holds"
-	@echo "make clean     delete what was built (.venv stays; delete it to install anew)"
+	@echo "make clean     delete what was built (.venv and .venv-bench stay; delete them to install anew)"
 
 $(READY): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null 2>&1 || { \
@@ -75,6 +77,16 @@ execute: $(READY)
 pages: $(READY)
 	@$(BIN)/python tools/pages.py
 
+# The peers have an environment of their own: what the book is built with does not depend on them.
+$(BENCH_READY): $(READY) requirements.lock requirements-bench.lock
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install -q --disable-pip-version-check -r requirements.lock -r requirements-bench.lock
+	@.venv-bench/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+bench: $(BENCH_READY)
+	@for file in $(filter-out benchmarks/timing.py,$(wildcard benchmarks/*.py)); do .venv-bench/bin/python $$file || exit 1; done
+
 # To change a version: .venv/bin/pip install -U NAME, then make lock test.
 lock:
 	@$(BIN)/python -m pip freeze --all --exclude pip --exclude setuptools --exclude-editable > requirements.new
@@ -85,4 +97,4 @@ lock:
 
 clean:
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

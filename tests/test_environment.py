@@ -105,6 +105,13 @@ def test_the_installed_versions_are_those_of_the_lock(pins: dict[str, Version]) 
     assert installed == {name: str(version) for name, version in pins.items()}
 
 
+def test_the_peers_of_the_benchmarks_have_a_lock_of_their_own(pins: dict[str, Version]) -> None:
+    peers = read_lock((ROOT / "requirements-bench.lock").read_text())
+    assert unmet(PYPROJECT["project"]["optional-dependencies"]["bench"], peers) == []
+    # The two are installed together, and the book never needs a peer.
+    assert peers.keys() & pins.keys() == set()
+
+
 def test_conda_and_binder_install_the_same_lock() -> None:
     environment: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
