@@ -1,75 +1,14 @@
-"""The contracts: densities with gradients, kernels run by `sample`, traces, and log Z."""
+"""`sample` and its `Trace`: what is run, kept, counted, saved and resumed."""
 
 import dataclasses
 import math
-import pickle
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from companion.core import AnnealingPath, Kernel, LogZ, Trace, sample, value_and_grad
-
-# ---------------------------------------------------------------- value_and_grad
-
-
-def quartic(x: Tensor) -> Tensor:
-    """Not symmetric, not separable: `(..., 2) -> (...)`."""
-    return -((x[..., 0] - 1) ** 4) - (x[..., 0] * x[..., 1]) ** 2 + x[..., 1]
-
-
-def quartic_grad(x: Tensor) -> Tensor:
-    first, second = x.unbind(-1)
-    return torch.stack(
-        [-4 * (first - 1) ** 3 - 2 * first * second**2, 1 - 2 * first**2 * second], -1
-    )
-
-
-@pytest.mark.parametrize("shape", [(2,), (5, 2), (3, 5, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_autograd_supplies_the_gradient_of_each_chain(rng, device, shape, dtype):
-    x = torch.randn(shape, dtype=dtype, device=device, generator=rng(0, device))
-    value, grad = value_and_grad(quartic, x)
-    torch.testing.assert_close(value, quartic(x))
-    torch.testing.assert_close(grad, quartic_grad(x))
-    assert not value.requires_grad
-    assert not grad.requires_grad
-    assert not x.requires_grad  # the caller's tensor is left alone
-
-
-def test_a_nan_in_one_chain_leaves_the_gradients_of_the_others_alone():
-    x = torch.tensor([[1.0], [-1.0], [4.0]])
-    value, grad = value_and_grad(lambda y: y[:, 0].sqrt(), x)
-    assert value.isnan().tolist() == [False, True, False]
-    assert grad[0, 0] == 0.5
-    assert grad[2, 0] == 0.25
-
-
-def test_gradients_are_found_inside_no_grad_and_leave_parameters_alone():
-    layer = torch.nn.Linear(2, 1)
-    with torch.no_grad():
-        _, grad = value_and_grad(lambda x: layer(x)[..., 0], torch.zeros(4, 2))
-    torch.testing.assert_close(grad, layer.weight.detach().expand(4, 2))
-    assert layer.weight.grad is None
-
-
-def test_a_density_with_its_own_gradient_is_used_as_it_is():
-    class Own:
-        weight = torch.tensor(3.0, requires_grad=True)
-
-        def __call__(self, x: Tensor) -> Tensor:
-            raise AssertionError("its own method should have been called")
-
-        def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.weight * x.sum(-1), self.weight.expand(x.shape)
-
-    value, grad = value_and_grad(Own(), torch.ones(5, 2))
-    assert value.tolist() == [6.0] * 5
-    assert grad.tolist() == [[3.0, 3.0]] * 5
-    assert not value.requires_grad
-    assert not grad.requires_grad
-
+from companion.core import Kernel, LogZ, Trace, sample
 
 # ---------------------------------------------------------------- sample
 
@@ -260,85 +199,3 @@ def test_results_are_frozen_and_compare_by_identity():
         assert result == result  # tensors of several entries have no truth value to compare by
         assert result != dataclasses.replace(result)
     assert isinstance(trace, Trace)
-
-
-# ---------------------------------------------------------------- LogZ
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-def test_log_z_is_float64_on_the_device_of_its_value(device, dtype):
-    log_z = LogZ(
-        torch.tensor([1, 2], dtype=dtype, device=device),
-        torch.tensor([0.1, 0.2]),
-        log_weights=torch.zeros(5, 2),
-        ess=torch.tensor(3.0),
-        covariance=torch.eye(2),
-    )
-    for name in ("value", "std_error", "log_weights", "ess", "covariance"):
-        field = getattr(log_z, name)
-        assert (field.dtype, field.device.type) == (torch.float64, device.type), name
-
-
-def test_log_z_of_numbers_has_no_other_fields():
-    log_z = LogZ(2, 0)
-    assert (log_z.value.item(), log_z.std_error.item()) == (2.0, 0.0)
-    assert log_z.log_weights is log_z.ess is log_z.covariance is None
-    assert log_z.converged
-    assert not LogZ(2, 0, converged=False).converged
-
-
-def test_one_standard_error_serves_a_whole_vector():
-    log_z = LogZ(torch.tensor([1.0, 2.0, 3.0]), 0.0)
-    assert log_z.std_error.tolist() == [0.0, 0.0, 0.0]
-
-
-def test_log_z_carries_the_gradient_of_an_exact_value():
-    b = torch.tensor(1.0, requires_grad=True)
-    LogZ(torch.nn.functional.softplus(b), 0.0).value.backward()
-    torch.testing.assert_close(b.grad, torch.sigmoid(b.detach()))
-
-
-def test_log_z_interval_is_the_normal_one():
-    low, high = LogZ(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 0.0])).interval(
-        0.6826894921370859
-    )
-    assert low.tolist() == pytest.approx([-1.0, 5.0])
-    assert high.tolist() == pytest.approx([3.0, 5.0])
-    assert low.dtype == torch.float64
-    for level in (0.0, 1.0, 95.0, math.nan):
-        with pytest.raises(ValueError, match="level must be a finite number above 0.0 and below 1"):
-            LogZ(1.0, 1.0).interval(level)
-
-
-def test_log_z_survives_pickling_and_replacement():
-    log_z = LogZ(torch.tensor([1.0, 2.0]), 0.5, ess=torch.tensor(9.0))
-    again = pickle.loads(pickle.dumps(log_z))
-    assert torch.equal(again.value, log_z.value)
-    assert torch.equal(again.ess, log_z.ess)
-    moved = dataclasses.replace(log_z, value=log_z.value + 1, converged=False)
-    assert moved.value.tolist() == [2.0, 3.0]
-    assert not moved.converged
-
-
-def test_log_z_does_not_move_to_the_default_device():
-    value = torch.zeros(2)
-    with torch.device("meta"):
-        assert LogZ(value, 0.1).interval()[1].device.type == "cpu"
-        assert LogZ(1.0, 0.1).value.device.type == "cpu"
-
-
-# ---------------------------------------------------------------- AnnealingPath
-
-
-def test_annealing_paths_are_known_by_their_methods():
-    class Path:
-        base_log_z = 0.0
-
-        def sample_base(self, n, *, generator=None): ...
-
-        def log_prob(self, x, beta): ...
-
-        def step(self, x, beta, *, generator=None): ...
-
-    assert isinstance(Path(), AnnealingPath)
-    assert not isinstance(object(), AnnealingPath)

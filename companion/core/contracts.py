@@ -1,0 +1,120 @@
+"""Contracts 1, 2 and 4: log-densities, kernels and annealing paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["AnnealingPath", "Info", "Kernel", "LogProb", "State", "value_and_grad"]
+
+LogProb: TypeAlias = Callable[[Tensor], Tensor]
+"""An unnormalised log-density, which maps `(..., *event)` to `(...)`."""
+
+
+# ---------------------------------------------------------------- log-densities
+
+
+def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-density and its gradient at `x`, by the density's own method or by autograd.
+
+    Args:
+        log_prob: a `LogProb`; if it has a method `value_and_grad(x)`, that is used as it is.
+        x: points, `(..., *event)`.
+
+    Returns:
+        `(log_prob(x), gradient)`, of shapes `(...)` and `(..., *event)`, both detached.
+
+    >>> value_and_grad(lambda x: -0.5 * x.square().sum(-1), torch.tensor([[1.0, 2.0]]))
+    (tensor([-2.5000]), tensor([[-1., -2.]]))
+    """
+    own = getattr(log_prob, "value_and_grad", None)
+    if own is not None:
+        value, grad = cast(tuple[Tensor, Tensor], own(x))
+        return value.detach(), grad.detach()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = log_prob(x)
+        # Each chain's density depends on that chain alone, so the sum's gradient is every chain's.
+        (grad,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), grad
+
+
+# ---------------------------------------------------------------- kernels
+
+
+class State(Protocol):
+    """Where the chains are. `.log_prob` is None for a kernel that never evaluates the density."""
+
+    @property
+    def x(self) -> Tensor:
+        """The points, `(*chains, *event)`."""
+        ...
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """The log-density at `x`, `(*chains)`, or None."""
+        ...
+
+
+class Info(Protocol):
+    """What a step did; a NamedTuple of tensors that begin with the dimensions of the chains.
+
+    Kernels may add fields. Booleans `is_nan` and `is_divergent` are counted over all steps after
+    the warm-up, and every further field but `is_nan` is kept draw by draw (`Trace.stats`).
+    """
+
+    @property
+    def accept_prob(self) -> Tensor:
+        """The probability with which each chain's proposal was accepted, `(*chains)`."""
+        ...
+
+    @property
+    def accepted(self) -> Tensor:
+        """Whether each chain moved to its proposal, `(*chains)`, boolean."""
+        ...
+
+
+class Kernel(NamedTuple):
+    """A Markov kernel: `state = init(x)`, then `state, info = step(state, generator=g)`.
+
+    Both are pure: a step leaves the state that it is given as it was.
+    """
+
+    init: Callable[[Tensor], Any]
+    step: Callable[..., tuple[Any, Any]]
+
+
+# ---------------------------------------------------------------- annealing paths
+
+
+@runtime_checkable
+class AnnealingPath(Protocol):
+    """Unnormalised densities from a tractable base (beta = 0) to the target (beta = 1).
+
+    `beta` is a number or a tensor that broadcasts over the leading dimensions. Betas ascend from 0
+    to 1 and beta = 0 is exactly the base. A step never raises on a log-density of minus infinity.
+    `step` is reversible with respect to its density, or the path also offers `reverse_step`. A path
+    may offer `advance(x, beta, next_beta, *, generator) -> (x, log_weight_increment)`.
+    """
+
+    @property
+    def base_log_z(self) -> Tensor | float:
+        """Log of the base's normalising constant, known exactly."""
+        ...
+
+    def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """`n` exact draws from the base, `(n, *event)`."""
+        ...
+
+    def log_prob(self, x: Tensor, beta: Tensor | float) -> Tensor:
+        """The unnormalised log-density at `beta`, `(..., *event) -> (...)`."""
+        ...
+
+    def step(
+        self, x: Tensor, beta: Tensor | float, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One Markov step that leaves the density at `beta` invariant."""
+        ...

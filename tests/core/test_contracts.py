@@ -1,0 +1,83 @@
+"""The contracts: densities with gradients, and annealing paths."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from companion.core import AnnealingPath, value_and_grad
+
+# ---------------------------------------------------------------- value_and_grad
+
+
+def quartic(x: Tensor) -> Tensor:
+    """Not symmetric, not separable: `(..., 2) -> (...)`."""
+    return -((x[..., 0] - 1) ** 4) - (x[..., 0] * x[..., 1]) ** 2 + x[..., 1]
+
+
+def quartic_grad(x: Tensor) -> Tensor:
+    first, second = x.unbind(-1)
+    return torch.stack(
+        [-4 * (first - 1) ** 3 - 2 * first * second**2, 1 - 2 * first**2 * second], -1
+    )
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 2), (3, 5, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autograd_supplies_the_gradient_of_each_chain(rng, device, shape, dtype):
+    x = torch.randn(shape, dtype=dtype, device=device, generator=rng(0, device))
+    value, grad = value_and_grad(quartic, x)
+    torch.testing.assert_close(value, quartic(x))
+    torch.testing.assert_close(grad, quartic_grad(x))
+    assert not value.requires_grad
+    assert not grad.requires_grad
+    assert not x.requires_grad  # the caller's tensor is left alone
+
+
+def test_a_nan_in_one_chain_leaves_the_gradients_of_the_others_alone():
+    x = torch.tensor([[1.0], [-1.0], [4.0]])
+    value, grad = value_and_grad(lambda y: y[:, 0].sqrt(), x)
+    assert value.isnan().tolist() == [False, True, False]
+    assert grad[0, 0] == 0.5
+    assert grad[2, 0] == 0.25
+
+
+def test_gradients_are_found_inside_no_grad_and_leave_parameters_alone():
+    layer = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        _, grad = value_and_grad(lambda x: layer(x)[..., 0], torch.zeros(4, 2))
+    torch.testing.assert_close(grad, layer.weight.detach().expand(4, 2))
+    assert layer.weight.grad is None
+
+
+def test_a_density_with_its_own_gradient_is_used_as_it_is():
+    class Own:
+        weight = torch.tensor(3.0, requires_grad=True)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            raise AssertionError("its own method should have been called")
+
+        def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.weight * x.sum(-1), self.weight.expand(x.shape)
+
+    value, grad = value_and_grad(Own(), torch.ones(5, 2))
+    assert value.tolist() == [6.0] * 5
+    assert grad.tolist() == [[3.0, 3.0]] * 5
+    assert not value.requires_grad
+    assert not grad.requires_grad
+
+
+# ---------------------------------------------------------------- AnnealingPath
+
+
+def test_annealing_paths_are_known_by_their_methods():
+    class Path:
+        base_log_z = 0.0
+
+        def sample_base(self, n, *, generator=None): ...
+
+        def log_prob(self, x, beta): ...
+
+        def step(self, x, beta, *, generator=None): ...
+
+    assert isinstance(Path(), AnnealingPath)
+    assert not isinstance(object(), AnnealingPath)
