@@ -25,6 +25,7 @@ __all__ = [
     "MoveInfo",
     "MoveNoise",
     "check_floating",
+    "check_start",
     "check_step_size",
     "compile_step",
     "expand",
@@ -111,7 +112,7 @@ def init_chains(log_prob: LogProb, x: Tensor) -> ChainState:
     ValueError: the log-density is not finite at the start of 1 of 2 chains: -inf at chain 1. ...
     """
     x = x.detach()
-    value = _check_start("log-density", log_prob(x), x)
+    value = check_start("log-density", log_prob(x), x)
     return ChainState(x, value)
 
 
@@ -136,16 +137,16 @@ def init_gradient(log_prob: LogProb, x: Tensor) -> GradientState:
     """
     x = check_floating(x.detach())
     value, grad = value_and_grad(log_prob, x)
-    _check_start("log-density", value, x)
+    check_start("log-density", value, x)
     if grad.shape != x.shape:
         raise ValueError(
             f"the gradient must have the shape of x, {tuple(x.shape)}, got {tuple(grad.shape)}"
         )
-    _check_start("gradient", grad.reshape(*value.shape, -1).sum(-1), x)
+    check_start("gradient", grad.reshape(*value.shape, -1).sum(-1), x)
     return GradientState(x, value, grad)
 
 
-def _check_start(what: str, value: Tensor, x: Tensor) -> Tensor:
+def check_start(what: str, value: Tensor, x: Tensor) -> Tensor:
     """Return `value`, or raise unless it is one finite number a chain."""
     if not isinstance(value, Tensor) or value.shape != x.shape[: value.ndim]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -230,7 +231,7 @@ def metropolis_accept(log_ratio: Tensor, uniform: Tensor) -> MoveInfo:
              is_nan=tensor([False, False, False,  True]))
     """
     is_nan = log_ratio.isnan()
-    accept_prob = log_ratio.clamp(max=0.0).exp().masked_fill(is_nan, 0.0)
+    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(nan=0.0)
     return MoveInfo(accept_prob, uniform < accept_prob, is_nan)
 
 

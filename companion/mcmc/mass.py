@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from companion.inputs import check_finite
-from companion.mcmc.base import GradientState
+from companion.mcmc.base import ChainState, GradientState
 
 __all__ = ["Mass", "kinetic_energy", "make_mass", "mass_for", "momentum", "velocity"]
 
@@ -31,7 +31,12 @@ class Mass(NamedTuple):
 
 
 def make_mass(
-    mass: Tensor | None, event_shape: torch.Size, dtype: torch.dtype, device: torch.device
+    mass: Tensor | None,
+    event_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    name: str = "mass",
 ) -> Mass:
     """Check and factorise a mass matrix.
 
@@ -41,6 +46,7 @@ def make_mass(
         event_shape: shape of a point.
         dtype: that of the points.
         device: that of the points.
+        name: what the messages call it.
 
     Returns:
         A `Mass`.
@@ -57,36 +63,38 @@ def make_mass(
     """
     if mass is None:
         return Mass(None, None)
-    check_finite("mass", mass)
+    check_finite(name, mass)
     is_dense = len(event_shape) == 1 and mass.shape == event_shape * 2
     if not is_dense and mass.shape != event_shape:
         matrix = f", or {tuple(event_shape * 2)}" if len(event_shape) == 1 else ""
         raise ValueError(
-            f"mass must have the shape of a point, {tuple(event_shape)}{matrix}, got "
+            f"{name} must have the shape of a point, {tuple(event_shape)}{matrix}, got "
             f"{tuple(mass.shape)}"
         )
     if mass.dtype != dtype or mass.device != device:
         raise ValueError(
-            f"mass must be of {dtype} on {device} as the points are, got {mass.dtype} on "
+            f"{name} must be of {dtype} on {device} as the points are, got {mass.dtype} on "
             f"{mass.device}"
         )
     mass = mass.detach()
     if not is_dense:
         if not (mass > 0).all():
-            raise ValueError(f"mass must be positive, its smallest entry is {float(mass.min())}")
+            raise ValueError(f"{name} must be positive, its smallest entry is {float(mass.min())}")
         return Mass(mass.sqrt(), mass.reciprocal())
     factor, info = torch.linalg.cholesky_ex(mass.double())  # once, so in full precision
     asymmetry = float((mass - mass.mT).abs().max())
     if info.any() or asymmetry > 1e-5 * float(mass.abs().max()):
         raise ValueError(
-            "mass must be symmetric and positive definite; the largest difference from its "
+            f"{name} must be symmetric and positive definite; the largest difference from its "
             f"transpose is {asymmetry:.3g}, its smallest eigenvalue "
             f"{float(torch.linalg.eigvalsh(mass.double()).min()):.3g}"
         )
     return Mass(factor.to(dtype), torch.cholesky_inverse(factor).to(dtype), is_dense=True)
 
 
-def mass_for(mass: Tensor | None) -> Callable[[GradientState], Mass]:
+def mass_for(
+    mass: Tensor | None, *, name: str = "mass"
+) -> Callable[[ChainState | GradientState], Mass]:
     """`make_mass(mass, ...)` for the points of a state, done once for each kind of points.
 
     >>> state = GradientState(torch.zeros(5, 2), torch.zeros(5), torch.zeros(5, 2))
@@ -94,10 +102,10 @@ def mass_for(mass: Tensor | None) -> Callable[[GradientState], Mass]:
     tensor([2.0000, 0.5000])
     """
     if mass is not None and not isinstance(mass, Tensor):
-        raise TypeError(f"mass must be a torch.Tensor or None, got {type(mass).__name__}")
-    make = functools.cache(functools.partial(make_mass, mass))
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mass).__name__}")
+    make = functools.cache(functools.partial(make_mass, mass, name=name))
 
-    def of(state: GradientState) -> Mass:
+    def of(state: ChainState | GradientState) -> Mass:
         x = state.x
         return make(x.shape[state.log_prob.ndim :], x.dtype, x.device)
 
