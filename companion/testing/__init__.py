@@ -8,19 +8,33 @@ leave means and plots alone.
 """
 
 from companion.testing.enumeration import binary_states, enumerate_log_probs, exact_distribution
+from companion.testing.finite_chains import (
+    detailed_balance_error,
+    mixing_time,
+    reversal,
+    spectral_gap,
+    stationary_error,
+)
 from companion.testing.invariance import (
     InvarianceResult,
     assert_invariant,
     discrete_invariance_test,
     invariance_test,
 )
+from companion.testing.transitions import transition_matrix
 
 __all__ = [
     "InvarianceResult",
     "assert_invariant",
     "binary_states",
+    "detailed_balance_error",
     "discrete_invariance_test",
     "enumerate_log_probs",
     "exact_distribution",
     "invariance_test",
+    "mixing_time",
+    "reversal",
+    "spectral_gap",
+    "stationary_error",
+    "transition_matrix",
 ]
