@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from companion.core import Kernel
-from companion.mcmc import metropolis_hastings
+from companion.mcmc import gibbs, metropolis_hastings, mixture
 from companion.models.rbm import RBM
 from companion.testing import (
     binary_states,
@@ -140,16 +140,23 @@ def sweep(*order: int, wrong: float = 1.0) -> Kernel:
     return moves(move)
 
 
-def random_scan(shared: bool = False) -> Kernel:
-    def move(x: Tensor, generator) -> Tensor:
-        chains = x.shape[:1]
-        site = torch.randint(3, () if shared else chains, generator=generator, device=x.device)
-        site = site.expand(chains)[:, None]
-        u = torch.rand(chains, generator=generator, device=x.device)
-        p = torch.stack([conditional(x, i) for i in range(3)], 1).gather(1, site)[:, 0]
-        return x.scatter(1, site, (u < p)[:, None].to(x.dtype))
+def redraw(i: int) -> Callable[..., Tensor]:
+    """The same for the package's `gibbs`, with the uniform drawn on the way."""
 
-    return moves(move)
+    def redrawn(x: Tensor, *, generator=None) -> Tensor:
+        u = torch.rand(x.shape[:-1], generator=generator, device=x.device)
+        x[..., i] = (u < conditional(x, i)).to(x.dtype)
+        return x
+
+    return redrawn
+
+
+SITES = [redraw(i) for i in range(3)]
+
+
+def one_site_for_all(x: Tensor, generator) -> Tensor:
+    i = torch.randint(3, (), generator=generator, device=x.device)
+    return SITES[int(i)](x.clone(), generator=generator)
 
 
 def site_matrix(i: int) -> Tensor:
@@ -178,22 +185,34 @@ def test_a_systematic_sweep_is_invariant_without_detailed_balance(device, dtype,
     )
 
 
-@pytest.mark.parametrize(
-    ("kernel", "expected"),
-    [
-        (sweep(0, 1, 2, 1, 0), [0, 1, 2, 1, 0]),
-        (random_scan(), None),
-        (random_scan(shared=True), None),
-    ],
-    ids=["palindrome", "random scan", "one site for all chains"],
-)
-def test_palindromes_and_random_scans_are_in_detailed_balance(kernel, expected):
-    matrix = transition_matrix(kernel, binary_states(3))
-    if expected is None:
-        product = sum(site_matrix(i) for i in range(3)) / 3
-    else:
-        product = torch.linalg.multi_dot([site_matrix(i) for i in expected])
-    torch.testing.assert_close(matrix, product, rtol=0, atol=1e-14)
+def test_a_sweep_of_the_package_has_the_same_matrix():
+    states = binary_states(3)
+    found = transition_matrix(gibbs(SITES), states)
+    torch.testing.assert_close(found, transition_matrix(sweep(0, 1, 2), states), rtol=0, atol=1e-15)
+
+
+WITH_DENSITY = {"log_prob": boltzmann}  # a mixture asks for it
+REVERSIBLE = {
+    "palindrome": gibbs(SITES, "palindromic"),
+    "random scan": gibbs(SITES, "random"),
+    "one site for all": moves(one_site_for_all),
+    "mixture": mixture(
+        [gibbs(SITES, "random", **WITH_DENSITY), gibbs(SITES[:1], **WITH_DENSITY)], [1, 3]
+    ),
+}
+
+
+@pytest.mark.parametrize("scan", REVERSIBLE)
+def test_palindromes_random_scans_and_mixtures_are_in_detailed_balance(scan):
+    sites = [site_matrix(i) for i in range(3)]
+    expected = {
+        "palindrome": torch.linalg.multi_dot([sites[i] for i in [0, 1, 2, 1, 0]]),
+        "random scan": sum(sites) / 3,
+        "one site for all": sum(sites) / 3,
+        "mixture": (sum(sites) / 3 + 3 * sites[0]) / 4,
+    }
+    matrix = transition_matrix(REVERSIBLE[scan], binary_states(3))
+    torch.testing.assert_close(matrix, expected[scan], rtol=0, atol=1e-14)
     p = exact_distribution(boltzmann, 3, **F64)
     assert stationary_error(matrix, p) < 1e-14
     assert detailed_balance_error(matrix, p) < 1e-14
@@ -402,7 +421,7 @@ def test_a_kernel_that_may_choose_for_ever_is_refused(monkeypatch):
 
 def test_states_must_be_listed_once():
     with pytest.raises(ValueError, match="listed twice"):
-        transition_matrix(random_scan(), binary_states(3)[[0, 1, 1]])
+        transition_matrix(gibbs(SITES), binary_states(3)[[0, 1, 1]])
 
 
 def test_more_states_than_the_smallest_batch_are_no_trouble():
