@@ -123,6 +123,7 @@ def hmc(
     def init(x: Tensor) -> GradientState:
         state = init_gradient(log_prob, x)
         mass_of(state)
+        per_chain(step_size, state)
         return state
 
     @torch.no_grad()

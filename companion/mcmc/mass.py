@@ -17,16 +17,27 @@ from torch import Tensor
 from companion.inputs import check_finite
 from companion.mcmc.base import ChainState, GradientState
 
-__all__ = ["Mass", "kinetic_energy", "make_mass", "mass_for", "momentum", "velocity"]
+__all__ = [
+    "Mass",
+    "dot",
+    "kinetic_energy",
+    "make_mass",
+    "mass_for",
+    "momentum",
+    "velocity",
+    "whiten",
+]
 
 
 class Mass(NamedTuple):
-    """A mass matrix, factorised once. Both fields are None for the identity."""
+    """A mass matrix, factorised once. The tensors are None for the identity."""
 
     factor: Tensor | None
     """L: the Cholesky factor `(d, d)`, or the square roots of a diagonal, of the event's shape."""
     inverse: Tensor | None
     """`M^-1`: `(d, d)`, or the reciprocals of a diagonal, of the event's shape."""
+    inverse_factor: Tensor | None
+    """`L^-1`, likewise."""
     is_dense: bool = False
 
 
@@ -62,7 +73,7 @@ def make_mass(
     (tensor([2.0000, 0.5000]), tensor([0.2500, 4.0000]))
     """
     if mass is None:
-        return Mass(None, None)
+        return Mass(None, None, None)
     check_finite(name, mass)
     is_dense = len(event_shape) == 1 and mass.shape == event_shape * 2
     if not is_dense and mass.shape != event_shape:
@@ -80,7 +91,7 @@ def make_mass(
     if not is_dense:
         if not (mass > 0).all():
             raise ValueError(f"{name} must be positive, its smallest entry is {float(mass.min())}")
-        return Mass(mass.sqrt(), mass.reciprocal())
+        return Mass(mass.sqrt(), mass.reciprocal(), mass.rsqrt())
     factor, info = torch.linalg.cholesky_ex(mass.double())  # once, so in full precision
     asymmetry = float((mass - mass.mT).abs().max())
     if info.any() or asymmetry > 1e-5 * float(mass.abs().max()):
@@ -89,7 +100,10 @@ def make_mass(
             f"transpose is {asymmetry:.3g}, its smallest eigenvalue "
             f"{float(torch.linalg.eigvalsh(mass.double()).min()):.3g}"
         )
-    return Mass(factor.to(dtype), torch.cholesky_inverse(factor).to(dtype), is_dense=True)
+    eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse_factor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    inverse = inverse_factor.T @ inverse_factor
+    return Mass(factor.to(dtype), inverse.to(dtype), inverse_factor.to(dtype), is_dense=True)
 
 
 def mass_for(
@@ -126,11 +140,27 @@ def velocity(mass: Mass, p: Tensor) -> Tensor:
     return p @ mass.inverse if mass.is_dense else p * mass.inverse
 
 
-def kinetic_energy(mass: Mass, p: Tensor, like: Tensor) -> Tensor:
-    """`p^T M^-1 p / 2`, of the shape of `like`, `(*chains)`.
+def whiten(mass: Mass, p: Tensor) -> Tensor:
+    """`L^-1 p`, which is `N(0, I)` for `p ~ N(0, M)`: `p^T M^-1 q` is the dot product of two."""
+    if mass.inverse_factor is None:
+        return p
+    return p @ mass.inverse_factor.T if mass.is_dense else p * mass.inverse_factor
 
-    >>> p = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    >>> kinetic_energy(Mass(None, None), p, torch.zeros(2))
-    tensor([2.5000, 0.5000])
+
+def dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """The dot product of two points chain by chain, `(*chains)` as `like` is.
+
+    >>> dot(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.ones(2, 2), torch.zeros(2))
+    tensor([3., 1.])
     """
-    return 0.5 * (p * velocity(mass, p)).reshape(*like.shape, -1).sum(-1)
+    return (a * b).reshape(*like.shape, -1).sum(-1)
+
+
+def kinetic_energy(mass: Mass, p: Tensor, like: Tensor) -> Tensor:
+    """`p^T M^-1 p / 2`, `(*chains)` as `like` is.
+
+    >>> mass = make_mass(torch.tensor(4.0), torch.Size([]), torch.float32, torch.device("cpu"))
+    >>> kinetic_energy(mass, torch.tensor([2.0, 4.0]), torch.zeros(2))
+    tensor([0.5000, 2.0000])
+    """
+    return 0.5 * dot(p, velocity(mass, p), like)
