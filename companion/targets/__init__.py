@@ -9,13 +9,38 @@ methods:
 
 - `log_prob(x)` = log p~(x), `(..., d) -> (...)`, and `value_and_grad(x)`, the same with its
   gradient `(..., d)`, written by hand (half the cost of autograd's);
-- `sample(n, *, generator=None)`: n independent exact draws, `(n, d)`;
+- `sample(n, *, generator=None)`: n independent exact draws, `(n, d)` (`LogisticRegression` has
+  none);
 - `mean` `(d,)` and `covariance` `(d, d)`; `log_z`, the log of the integral of p~, a float.
 
-Device and dtype are those of the tensors given to the constructor.
+Device and dtype are those of the tensors given to the constructor. The functions named after Ising
+and Kaufman are the exact answers for the discrete model of `companion.models.ising`.
 """
 
 from companion.targets.curved import Banana, Funnel, SkewedProduct
 from companion.targets.gaussians import Gaussian, GaussianMixture
+from companion.targets.ising import (
+    CRITICAL_COUPLING,
+    IsingMoments,
+    ising_log_z,
+    ising_magnetization,
+    ising_moments,
+    kaufman_log_z,
+)
+from companion.targets.posteriors import EightSchools, LogisticRegression
 
-__all__ = ["Banana", "Funnel", "Gaussian", "GaussianMixture", "SkewedProduct"]
+__all__ = [
+    "CRITICAL_COUPLING",
+    "Banana",
+    "EightSchools",
+    "Funnel",
+    "Gaussian",
+    "GaussianMixture",
+    "IsingMoments",
+    "LogisticRegression",
+    "SkewedProduct",
+    "ising_log_z",
+    "ising_magnetization",
+    "ising_moments",
+    "kaufman_log_z",
+]

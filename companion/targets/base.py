@@ -29,8 +29,13 @@ class Target:
         """The unnormalised log-density at `x`, `(..., d) -> (...)`."""
         raise NotImplementedError
 
+    @property
+    def _like(self) -> Tensor:
+        """Some tensor of the shape, dtype and device of a point."""
+        return self.mean
+
     def _check(self, x: Tensor) -> Tensor:
-        like = self.mean
+        like = self._like
         if x.shape[-1:] != like.shape or x.dtype != like.dtype or x.device != like.device:
             raise ValueError(
                 f"x must be (..., {len(like)}) of {like.dtype} on {like.device}, got "
