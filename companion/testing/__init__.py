@@ -15,6 +15,7 @@ from companion.testing.finite_chains import (
     spectral_gap,
     stationary_error,
 )
+from companion.testing.geweke import geweke_test
 from companion.testing.invariance import (
     InvarianceResult,
     assert_invariant,
@@ -31,6 +32,7 @@ __all__ = [
     "discrete_invariance_test",
     "enumerate_log_probs",
     "exact_distribution",
+    "geweke_test",
     "invariance_test",
     "mixing_time",
     "reversal",

@@ -6,7 +6,7 @@ kernel that you have broken on purpose: a check that cannot fail proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,28 +86,20 @@ def invariance_test(
     >>> invariance_test(kernel, target, num_chains=5000, num_steps=3, generator=g).p_value < 1e-9
     True
     """
-    from scipy.stats import ks_2samp  # slow to import
-
     check_count("num_chains", num_chains, minimum=2)
     check_count("num_steps", num_steps)
     start = draw(target, num_chains, generator=generator)
     fresh = draw(target, num_chains, generator=generator)
     end = _run(kernel, start, num_steps, generator)
-    if projections is None:
-        names, ends, draws = _default_projections(target, end, fresh)
-    else:
-        ends, draws = projections(end), projections(fresh)
-        if ends.ndim != 2 or ends.shape != draws.shape or len(ends) != num_chains:
-            raise ValueError(f"projections gave {tuple(ends.shape)}, expected ({num_chains}, k)")
-        names = tuple(f"projection {i}" for i in range(ends.shape[1]))
-    check_finite("the projected final states", ends)
-    check_finite("the projected exact draws", draws)
-    # The asymptotic law is accurate from some hundred chains on; the exact one takes long.
-    tests = [
-        ks_2samp(a.numpy(), b.numpy(), method="asymp")
-        for a, b in zip(ends.double().cpu().T, draws.double().cpu().T, strict=True)
-    ]
-    return _result([(test.statistic, test.pvalue) for test in tests], names)
+    if projections is not None:
+        return compare_samples(projections(end), projections(fresh), num_chains)
+    both = torch.cat([end, fresh])
+    flat = both.double().reshape(len(both), -1)
+    names = [f"coordinate {i}" for i in range(flat.shape[1])]
+    names, values = with_directions(names, flat)
+    values = torch.cat([values, target.log_prob(both).double()[:, None]], 1)
+    ends, draws = values[:num_chains], values[num_chains:]
+    return compare_samples(ends, draws, num_chains, [*names, "log-density"])
 
 
 @torch.no_grad()
@@ -222,23 +214,35 @@ def _run(kernel: Kernel, x: Tensor, num_steps: int, generator: torch.Generator |
     return check_finite("the chains' final states", end)
 
 
-def _default_projections(
-    target: Sampler, end: Tensor, fresh: Tensor
-) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Names, and the projections of both samples, each `(m, k)` in float64."""
-    both = torch.cat([end, fresh])
-    flat = both.double().reshape(len(both), -1)
-    dim = flat.shape[1]
+def with_directions(names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
+    """The columns of `x`, `(m, d)` float64, and (for d > 1) five fixed random combinations."""
+    dim = x.shape[1]
     num_directions = 5 if dim > 1 else 0
     # A fixed seed of its own: the directions belong to the test, not to the run.
     fixed = torch.Generator("cpu").manual_seed(0)
-    weights = torch.randn(dim, num_directions, device="cpu", generator=fixed).to(flat)
-    weights = weights / flat.std(0)[:, None]  # so that wide coordinates don't drown the others
-    names = [f"coordinate {i}" for i in range(dim)]
-    names += [f"direction {i}" for i in range(num_directions)]
-    log_density = target.log_prob(both).double()[:, None]
-    values = torch.cat([flat, flat @ weights, log_density], 1)
-    return (*names, "log-density"), values[: len(end)], values[len(end) :]
+    weights = torch.randn(dim, num_directions, device="cpu", generator=fixed).to(x)
+    weights = weights / x.std(0)[:, None]  # so that wide coordinates don't drown the others
+    return names + [f"direction {i}" for i in range(num_directions)], torch.cat([x, x @ weights], 1)
+
+
+def compare_samples(
+    ends: Tensor, draws: Tensor, num_chains: int, names: Sequence[str] | None = None
+) -> InvarianceResult:
+    """A two-sample Kolmogorov-Smirnov test for each column of two samples, `(num_chains, k)`."""
+    from scipy.stats import ks_2samp  # slow to import
+
+    if ends.ndim != 2 or ends.shape != draws.shape or len(ends) != num_chains:
+        raise ValueError(f"projections gave {tuple(ends.shape)}, expected ({num_chains}, k)")
+    check_finite("the projected final states", ends)
+    check_finite("the projected exact draws", draws)
+    # The asymptotic law is accurate from some hundred chains on; the exact one takes long.
+    tests = [
+        ks_2samp(a.numpy(), b.numpy(), method="asymp")
+        for a, b in zip(ends.double().cpu().T, draws.double().cpu().T, strict=True)
+    ]
+    if names is None:
+        names = [f"projection {i}" for i in range(ends.shape[1])]
+    return _result([(test.statistic, test.pvalue) for test in tests], tuple(names))
 
 
 def _count(x: Tensor, states: Tensor) -> Tensor:
