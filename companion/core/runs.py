@@ -12,8 +12,9 @@ from torch import Tensor
 from companion.core.contracts import Kernel
 from companion.storage import Checkpoint, digest, layout, load_state, save_state
 
-__all__ = ["Run", "open_checkpoint"]
+__all__ = ["PROBABILITY_UNITS", "Run", "open_checkpoint"]
 
+PROBABILITY_UNITS = 2**32
 _COUNTED = ("accept_prob", "is_nan", "is_divergent")
 _NOT_KEPT = ("x", "log_prob", "accept_prob", "accepted", "is_nan")  # of an info, draw by draw
 _BLOCK_STEPS, _BLOCK_BYTES = 64, 2**20
@@ -29,7 +30,9 @@ class Run:
     Attributes:
         state: the kernel's state.
         steps: steps made so far, warm-up included.
-        counts: sums over all steps after the warm-up, by name, `(*chains)` each.
+        counts: sums over all steps after the warm-up, by name, `(*chains)` each. They are whole
+            numbers, which have the same sum in whatever blocks they come: probabilities are counted
+            in units of 2^-32.
         draws: the draws by name, `(num_draws, *chains, ...)`; the first `num_kept` are filled.
     """
 
@@ -56,13 +59,14 @@ class Run:
         """Add the steps of the block to the counts, and write its draws to their places."""
         infos, kept = self._infos, self._kept
         if infos and not self.counts:
-            names = (name for name in _COUNTED if hasattr(infos[0], name))
-            for name in names:
-                dtype = torch.float64 if name == "accept_prob" else torch.int64
-                self.counts[name] = torch.zeros_like(getattr(infos[0], name), dtype=dtype)
-        if infos:
-            for name, total in self.counts.items():
-                total += torch.stack([getattr(i, name) for i in infos]).sum(0, dtype=total.dtype)
+            for name in _COUNTED:
+                if hasattr(infos[0], name):
+                    self.counts[name] = torch.zeros_like(getattr(infos[0], name), dtype=torch.int64)
+        for name, total in self.counts.items() if infos else ():
+            values = torch.stack([getattr(info, name) for info in infos])
+            if name == "accept_prob":
+                values = (values.double() * PROBABILITY_UNITS).round().long()
+            total += values.sum(0)
         if kept and not self.draws:
             self._allocate(*kept[0])
         for name, column in self.draws.items():

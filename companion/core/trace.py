@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from companion.core.contracts import Kernel
-from companion.core.runs import Run, open_checkpoint
+from companion.core.runs import PROBABILITY_UNITS, Run, open_checkpoint
 from companion.inputs import check_count, check_finite, check_generator
 
 __all__ = ["Trace", "sample"]
@@ -54,16 +54,18 @@ class Trace:
             one number a chain.
         """
         from arviz_base import from_dict  # slow to import
+        from xarray import DataArray
 
         known = {"log_prob": "lp", "is_divergent": "diverging", "num_steps": "n_steps"}
-        stats = dict(self.stats) if self.log_prob is None else {"log_prob": self.log_prob}
-        stats |= self.stats
-        groups = {
-            "posterior": {"x": self._flat(self.x)},
-            "sample_stats": {known.get(name, name): self._flat(s) for name, s in stats.items()},
-        }
+        stats = self.stats if self.log_prob is None else {"log_prob": self.log_prob, **self.stats}
+        groups = {"posterior": {"x": self._flat(self.x)}}
+        if stats:
+            groups["sample_stats"] = {known.get(k, k): self._flat(s) for k, s in stats.items()}
         # Hundreds of chains of few draws are meant: ArviZ takes them for swapped dimensions.
-        tree = from_dict({k: v for k, v in groups.items() if v}, check_conventions=False)
+        tree = from_dict(groups, check_conventions=False)
+        if stats:
+            rate = self.accept_prob.reshape(-1).cpu().numpy()
+            tree["sample_stats/acceptance_rate"] = DataArray(rate, dims="chain")
         return tree
 
     def _flat(self, x: Tensor) -> Any:
@@ -165,7 +167,7 @@ def sample(
     run.write_block()
 
     counts = run.counts
-    none = torch.zeros_like(counts["accept_prob"], dtype=torch.int64)
+    none = torch.zeros_like(counts["accept_prob"])
     # They were written draw by draw; as a view, the draws go right behind the chains.
     draws = {name: column.movedim(0, none.ndim) for name, column in run.draws.items()}
     num_nan = counts.get("is_nan", none)
@@ -178,7 +180,7 @@ def sample(
     return Trace(
         x=draws.pop("x"),
         log_prob=draws.pop("log_prob", None),
-        accept_prob=counts["accept_prob"] / (num_draws * thin),
+        accept_prob=counts["accept_prob"].double() / (PROBABILITY_UNITS * num_draws * thin),
         num_nan=num_nan,
         num_divergent=counts.get("is_divergent", none.clone()),
         stats=draws,
