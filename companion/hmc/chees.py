@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from companion.core import Kernel, LogProb
-from companion.hmc.adaptation import DualAveraging, Tuned, find_step_size, run_frozen
+from companion.hmc.adaptation import DualAveraging, Tuned, check_steps, find_step_size, run_frozen
 from companion.hmc.integrator import Phase, leapfrog
 from companion.hmc.static import HmcInfo, hmc_step
 from companion.inputs import check_count, check_finite, check_generator, check_real
@@ -48,8 +48,8 @@ class JitteredState(NamedTuple):
     """The log-density there, `(*chains)`."""
     grad: Tensor
     """Its gradient, `(*chains, *event)`."""
-    num_steps: int
-    """Steps made so far."""
+    num_moves: Tensor
+    """Steps of the kernel so far, integers, `(*chains)`."""
 
 
 def jittered_hmc(
@@ -90,17 +90,17 @@ def jittered_hmc(
     def init(x: Tensor) -> JitteredState:
         state = init_gradient(log_prob, x)
         mass_of(state)
-        return JitteredState(*state, num_steps=0)
+        return JitteredState(*state, torch.zeros_like(state.log_prob, dtype=torch.int64))
 
     @torch.no_grad()
     def step(
         state: JitteredState, *, generator: torch.Generator | None = None
     ) -> tuple[JitteredState, HmcInfo]:
-        num_steps = jittered_steps(state.num_steps, step_size, trajectory_length)
+        count = jittered_steps(int(state.num_moves.max()), step_size, trajectory_length)
         inner = GradientState(*state[:3])
         noise = move_noise(inner, generator)
-        inner, info = hmc_step(log_prob, step_size, num_steps, mass_of(inner), inner, noise)
-        return JitteredState(*inner, num_steps=state.num_steps + 1), info
+        inner, info = hmc_step(log_prob, step_size, count, mass_of(inner), inner, noise)
+        return JitteredState(*inner, state.num_moves + 1), info
 
     return Kernel(init, step)
 
@@ -205,8 +205,7 @@ def chees_warmup(
     Each step moves all chains, changes the logarithm of the length T along the gradient of the
     criterion, and changes the step size by dual averaging so that the *harmonic* mean of the
     chains' acceptance probabilities nears its target: a few chains that are stuck then count for
-    more than the many that are not. The last tenth of the steps (at most 25) runs the frozen
-    kernel.
+    more than the many that are not. The last 10 to 25 steps run the frozen kernel.
 
     Args:
         log_prob: the log-density, `(*chains, *event) -> (*chains)`.
@@ -253,7 +252,7 @@ def chees_warmup(
             "chees_warmup compares chains with one another and needs at least two, better a "
             "hundred; for one chain use warmup(nuts, ...)"
         )
-    num_check = min(25, num_steps // 10)
+    num_check = check_steps(num_steps)
     num_adapt = num_steps - num_check
     averaging = DualAveraging.start(find_step_size(log_prob, x0, mass, 1.0, generator))
     ascent = Ascent(averaging.log_step, averaging.log_step)
@@ -275,7 +274,7 @@ def chees_warmup(
     step_size, length = math.exp(averaging.log_average), math.exp(ascent.log_average)
     _warn_of_length(history["trajectory_length"], length, max_leapfrog * step_size)
     kernel = jittered_hmc(log_prob, step_size, length, mass)
-    start = JitteredState(*state, num_steps=num_adapt)
+    start = JitteredState(*state, torch.full_like(state.log_prob, num_adapt, dtype=torch.int64))
     last, accept_probs = run_frozen(kernel, start, num_check, target_accept, generator)
     history["step_size"] += [step_size] * num_check
     history["trajectory_length"] += [length] * num_check
