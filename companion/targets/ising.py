@@ -263,6 +263,11 @@ def kaufman_log_z(height: int, width: int, coupling: Tensor | float) -> Tensor:
             f"Kaufman's formula is for couplings that are not negative, unless both sides are "
             f"even; got {float(coupling.min())} on {height} by {width}. Use ising_log_z"
         )
+    if (coupling.abs() > 350).any():  # exp(700) is the largest that there is
+        raise ValueError(
+            f"the coupling must be at most 350 in size, got {float(coupling.abs().max())}; the "
+            "lattice is then in one of its ground states"
+        )
     coupling = coupling.abs().clamp(min=1e-30)  # at 0 the factors are 0 and infinite
     s = (2.0 * coupling).sinh()[..., None]
     k = torch.arange(2 * width, device=s.device, dtype=s.dtype)

@@ -22,6 +22,8 @@ __all__ = ["EightSchools", "LogisticRegression"]
 
 # ---------------------------------------------------------------- logistic regression
 
+_MAX_POINTS = 2**23  # of the grid: half a minute for a hundred rows
+
 
 class LogisticRegression(Target):
     """The posterior of a logistic regression's coefficients, with independent normal priors.
@@ -84,26 +86,25 @@ class LogisticRegression(Target):
 
         They are the mean and the covariance, `(d, d)`, of the Laplace approximation.
         """
-        signed = self._signed.double()
-        x, size = signed.new_zeros(signed.shape[1]), 1.0
+        signed, precision = self._signed.double(), 1.0 / self.prior_scale**2
+        x = signed.new_zeros(signed.shape[1])
 
         def log_prob(x: Tensor) -> float:
-            prior = -0.5 * (x / self.prior_scale).square().sum()
-            return float(prior + logsigmoid(signed @ x).sum())
+            return float(logsigmoid(signed @ x).sum() - 0.5 * precision * x.square().sum())
 
         for _ in range(200):
             miss = torch.sigmoid(-signed @ x)
-            grad = miss @ signed - x / self.prior_scale**2
-            curvature = (miss * (1.0 - miss)) * signed.T @ signed
-            curvature += torch.eye(len(x), dtype=x.dtype, device=x.device) / self.prior_scale**2
+            grad = miss @ signed - precision * x
+            curvature = (miss * (1.0 - miss) * signed.T) @ signed
+            curvature.diagonal().add_(precision)
             step = torch.linalg.solve(curvature, grad)
-            gain, size = float(grad @ step), 1.0
-            if gain < 1e-12:  # squared length of the step, in standard deviations: the last one
+            gain, size = float(grad @ step), 1.0  # the step's squared length in standard deviations
+            if gain < 1e-20:
                 break
-            while log_prob(x + size * step) < log_prob(x) + 0.1 * size * gain:
+            while gain > 1e-8 and log_prob(x + size * step) < log_prob(x) + 0.1 * size * gain:
                 size /= 2.0
             x = x + size * step
-        return (x + step).to(self.features), torch.linalg.inv(curvature).to(self.features)
+        return x.to(self.features), torch.linalg.inv(curvature).to(self.features)
 
     @cached_property
     def _moments(self) -> tuple[float, Tensor, Tensor]:
@@ -121,24 +122,25 @@ class LogisticRegression(Target):
         target = LogisticRegression(self.features.double(), self.labels, self.prior_scale)
         mode, covariance = target.laplace()
         factor = torch.linalg.cholesky(covariance)
-        half_width, spacing, previous = 8.0, 0.5, math.nan  # in standard deviations
-        for _ in range(10):
-            num = round(half_width / spacing)
-            axis = spacing * torch.arange(-num, num + 1, dtype=mode.dtype, device=mode.device)
-            u = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+        # Points are mode + factor u. The grid is refined by halves until nothing changes, and only
+        # where the density is not negligible: exp(-45) = 3e-20.
+        spacing, previous = 1.0, math.nan
+        axis = torch.arange(-24.0, 25.0, dtype=mode.dtype, device=mode.device)
+        u = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+        shifts = torch.cartesian_prod(*[axis[24:26] / 2.0] * dim).reshape(-1, dim)
+        while len(u) <= _MAX_POINTS:
             blocks = (u[i : i + 2**16] for i in range(0, len(u), 2**16))
             log_probs = torch.cat([target(mode + block @ factor.T) for block in blocks])
-            edge = u.abs().amax(1) > half_width - spacing
-            if log_probs[edge].max() > log_probs.max() - 36.0:  # exp(-36) = 2e-16
-                half_width *= 1.5
-                continue
             log_z = float(log_probs.logsumexp(0)) + dim * math.log(spacing)
-            if abs(log_z - previous) < 1e-5:  # twice the points, the square of the error
+            if abs(log_z - previous) < 1e-7:  # twice the points, the square of the error
                 break
+            u = u[log_probs > log_probs.max() - 45.0]
+            u = (u[:, None] + spacing * shifts).reshape(-1, dim)
             previous, spacing = log_z, spacing / 2.0
         else:
             raise RuntimeError(
-                "the grid does not resolve the posterior: the prior is too wide for so few rows"
+                "the grid does not resolve this posterior: the prior is too wide for what the rows "
+                "say. Use a narrower prior"
             )
         weights = log_probs.softmax(0)
         centre = weights @ u
