@@ -272,7 +272,7 @@ def per_chain(value: Tensor | float, state: ChainState | GradientState) -> Tenso
         return value
     chains = state.log_prob.shape
     try:
-        return expand(value.expand(chains), state.x)
+        return expand(value.expand(chains), state.x).to(state.x)
     except RuntimeError:
         raise ValueError(
             f"a tensor of shape {tuple(value.shape)} does not broadcast to the chains, "

@@ -66,14 +66,14 @@ def metropolis_hastings_step(
     """One step, a pure function of state and noise; see `metropolis_hastings`."""
     x, y = state.x, noise.y
     value = log_prob(y)
+    if value.shape != state.log_prob.shape:
+        raise _not_one_number_a_chain("log_prob", value, state)
     log_ratio = value - state.log_prob
     if log_q is not None:
-        log_ratio = log_ratio + log_q(x, y) - log_q(y, x)
-    if log_ratio.shape != state.log_prob.shape:
-        raise ValueError(
-            f"log_prob and log_q must give one number a chain, {tuple(state.log_prob.shape)}; "
-            f"together they gave {tuple(log_ratio.shape)}"
-        )
+        correction = log_q(x, y) - log_q(y, x)
+        if correction.shape != value.shape:
+            raise _not_one_number_a_chain("log_q", correction, state)
+        log_ratio = log_ratio + correction
     info = metropolis_accept(log_ratio, noise.uniform)
     return select(info.accepted, ChainState(y, value), state), info
 
@@ -157,11 +157,8 @@ def random_walk_step(
 
     `shape` is the proposal's covariance, factorised (`companion.mcmc.mass`).
     """
-    z, scale = momentum(shape, noise.normal), per_chain(step_size, state)
-    if isinstance(scale, Tensor):
-        y = torch.addcmul(state.x, z, scale)
-    else:
-        y = torch.add(state.x, z, alpha=scale)
+    # Not add(x, z, alpha=...): the compiler of PyTorch 2.13 loses alpha if z is a matrix product.
+    y = state.x + per_chain(step_size, state) * momentum(shape, noise.normal)
     return metropolis_hastings_step(log_prob, None, state, ProposalNoise(y, noise.uniform))
 
 
@@ -297,3 +294,10 @@ def _check_proposal(y: Tensor, x: Tensor) -> Tensor:
             f"got {tuple(y.shape)} of {y.dtype} on {y.device}"
         )
     return y
+
+
+def _not_one_number_a_chain(name: str, value: Tensor, state: ChainState) -> ValueError:
+    return ValueError(
+        f"{name} must give one number a chain, shape {tuple(state.log_prob.shape)}; it gave "
+        f"{tuple(value.shape)}"
+    )

@@ -158,6 +158,7 @@ def test_step_sizes_broadcast_over_the_chains():
     assert per_chain(0.5, state) == 0.5
     for shape in [(), (4,), (2, 1), (2, 4)]:
         assert per_chain(torch.ones(shape), state).shape == (2, 4, 1)
+    assert per_chain(torch.ones(4, dtype=torch.float64), state).dtype == torch.float32
     column = per_chain(torch.tensor([[1.0], [2.0]]), state)
     assert column[0].unique() == 1 and column[1].unique() == 2
     with pytest.raises(ValueError, match=r"shape \(3,\) .* chains, \(2, 4\)"):
