@@ -84,17 +84,13 @@ def leapfrog(
     if not isinstance(mass, Mass):
         event_ndim = 1 if mass is None or mass.ndim == 2 else mass.ndim
         mass = make_mass(mass, x.shape[x.ndim - event_ndim :], x.dtype, x.device)
-    half = 0.5 * step_size
-    p = add_scaled(p, grad, half)
+    # addcmul, a + s b in one pass. In add(a, b, alpha=s) the compiler of PyTorch 2.13 loses alpha
+    # where b is a matrix product: the energy would be wrong, silently.
+    step = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
+    half = 0.5 * step
+    p = torch.addcmul(p, grad, half)
     for i in range(num_steps):
-        x = add_scaled(x, velocity(mass, p), step_size)
+        x = torch.addcmul(x, velocity(mass, p), step)
         value, grad = value_and_grad(log_prob, x)
-        p = add_scaled(p, grad, step_size if i < num_steps - 1 else half)
+        p = torch.addcmul(p, grad, step if i < num_steps - 1 else half)
     return Phase(x, p, value, grad)
-
-
-def add_scaled(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
-    """`a + scale b` in one pass over memory; `scale` is a number or broadcasts against both."""
-    if isinstance(scale, Tensor):
-        return torch.addcmul(a, b, scale)
-    return torch.add(a, b, alpha=scale)
