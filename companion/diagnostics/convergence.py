@@ -22,7 +22,6 @@ from companion.diagnostics.draws import (
     event_of,
     is_constant,
     is_stuck,
-    scaled,
     stuck_note,
     warn,
 )
@@ -103,7 +102,7 @@ def integrated_autocorrelation_time(x: Tensor | Trace) -> Tensor:
     """
     draws = checked_draws(x)
     warn(stuck_note(draws))
-    return draws.shape[0] * draws.shape[1] / _ess(draws, draws)
+    return draws.shape[0] * draws.shape[1] / _ess_of_mean(draws, _scaled(draws)[0])
 
 
 # ---------------------------------------------------------------- effective sample size
@@ -134,7 +133,8 @@ def ess_bulk(x: Tensor | Trace) -> Tensor:
     """
     draws = checked_draws(x)
     warn(stuck_note(draws))
-    return _ess(draws, draws, method="bulk")
+    ess = event_of(array_stats().ess(columns_of(draws), method="bulk"), draws)
+    return ess.masked_fill(is_stuck(draws), torch.nan)
 
 
 def ess_tail(x: Tensor | Trace) -> Tensor:
@@ -172,19 +172,32 @@ def ess_tail(x: Tensor | Trace) -> Tensor:
     return tail
 
 
-def _ess(draws: Tensor, values: Tensor, method: str = "mean") -> Tensor:
-    """Of `values`, one for each draw; NaN where a chain of `draws` is constant."""
-    ess = event_of(array_stats().ess(columns_of(values), method=method), draws)
+def _ess_of_mean(draws: Tensor, values: Tensor) -> Tensor:
+    """Of the mean of `values`, one for each draw; NaN where a chain of `draws` is constant."""
+    ess = event_of(array_stats().ess(columns_of(values), method="mean"), draws)
     return ess.masked_fill(is_stuck(draws), torch.nan)
 
 
+def _scaled(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The deviations from the mean over all chains, scaled to at most 1, and their scale.
+
+    ArviZ takes values within 1e-15 of one another for constant, and powers of large ones overflow.
+    """
+    y = draws - draws.mean((0, 1))
+    scale = y.abs().amax((0, 1)).clamp(min=torch.finfo(y.dtype).tiny)
+    return y / scale, scale
+
+
 def _ess_of_quantile(draws: Tensor, prob: float) -> Tensor:
-    columns = columns_of(draws)
-    ess = array_stats().ess(columns, method="quantile", prob=prob)
-    flat = columns.reshape(len(columns), -1)
-    # Where the quantile is the largest draw, `x <= q` is constant, and ArviZ gives all draws.
-    ess = np.where(np.quantile(flat, prob, axis=1) < flat.max(1), ess, np.nan)
-    return event_of(ess, draws).masked_fill(is_stuck(draws), torch.nan)
+    ess = array_stats().ess(columns_of(draws), method="quantile", prob=prob)
+    return event_of(ess, draws).masked_fill(_tells_nothing(draws, prob), torch.nan)
+
+
+def _tells_nothing(draws: Tensor, prob: float) -> Tensor:
+    """Where `x <= quantile` never varies, and ArviZ counts all draws; or some chain is constant."""
+    flat = draws.flatten(0, 1).cpu().numpy()
+    largest = np.quantile(flat, prob, axis=0) >= flat.max(0)
+    return event_of(largest, draws).bool() | is_stuck(draws)
 
 
 # ---------------------------------------------------------------- Monte Carlo standard errors
@@ -210,7 +223,8 @@ def mcse_mean(x: Tensor | Trace) -> Tensor:
     """
     draws = checked_draws(x)
     warn(stuck_note(draws))
-    return draws.std((0, 1)) / _ess(draws, draws).sqrt()
+    y, scale = _scaled(draws)
+    return scale * y.std((0, 1)) / _ess_of_mean(draws, y).sqrt()
 
 
 def mcse_sd(x: Tensor | Trace) -> Tensor:
@@ -237,10 +251,10 @@ def mcse_sd(x: Tensor | Trace) -> Tensor:
     """
     draws = checked_draws(x)
     warn(stuck_note(draws))
-    y, scale = scaled(draws)
+    y, scale = _scaled(draws)
     square = y.square()
     variance = square.mean((0, 1))
-    of_variance = (square.square().mean((0, 1)) - variance.square()) / _ess(draws, square)
+    of_variance = (square.square().mean((0, 1)) - variance.square()) / _ess_of_mean(draws, square)
     return scale * of_variance.clamp(min=0.0).sqrt() / (2.0 * variance.sqrt())
 
 
@@ -270,8 +284,8 @@ def mcse_quantile(x: Tensor | Trace, prob: float) -> Tensor:
     check_real("prob", prob, minimum=0.0, maximum=1.0)
     draws = checked_draws(x)
     warn(stuck_note(draws))
-    error = event_of(array_stats().mcse(columns_of(draws), method="quantile", prob=prob), draws)
-    return (scaled(draws)[1] * error).where(~_ess_of_quantile(draws, prob).isnan(), torch.nan)
+    error = array_stats().mcse(columns_of(draws), method="quantile", prob=prob)
+    return event_of(error, draws).masked_fill(_tells_nothing(draws, prob), torch.nan)
 
 
 # ---------------------------------------------------------------- R-hat

@@ -18,7 +18,6 @@ __all__ = [
     "event_of",
     "is_constant",
     "is_stuck",
-    "scaled",
     "stuck_note",
     "warn",
 ]
@@ -43,7 +42,7 @@ def checked_draws(x: Tensor | Trace) -> Tensor:
         )
     if x.shape[1] < _FEWEST:
         raise ValueError(
-            f"{x.shape[1]} draws a chain are too few, at least {_FEWEST} are needed; the shape must "
+            f"{x.shape[1]} draws a chain are too few, {_FEWEST} are the least; the shape must "
             f"be (chains, draws, *event), and is {tuple(x.shape)}"
         )
     wrong = ~x.isfinite()
@@ -96,20 +95,9 @@ def array_stats() -> Any:
     return stats
 
 
-def scaled(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The deviations from the mean over all chains, scaled to at most 1, and their scale.
-
-    ArviZ takes draws within 1e-15 of one another for constant, and powers of large ones overflow.
-    """
-    y = draws - draws.mean((0, 1))
-    scale = y.abs().amax((0, 1)).clamp(min=torch.finfo(y.dtype).tiny)
-    return y / scale, scale
-
-
 def columns_of(draws: Tensor) -> Any:
-    """The coordinates one after another, scaled, `(coordinates, chains, draws)`."""
-    y, _ = scaled(draws)
-    return y.reshape(*y.shape[:2], -1).movedim(-1, 0).cpu().numpy()
+    """The coordinates one after another, `(coordinates, chains, draws)`."""
+    return draws.reshape(*draws.shape[:2], -1).movedim(-1, 0).cpu().numpy()
 
 
 def event_of(values: Any, draws: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -164,7 +164,7 @@ class Summary:
 
     def __str__(self) -> str:
         rows = [["", "mean", "sd", "5 %", "50 %", "95 %", "ESS bulk", "ESS tail", "R-hat"]]
-        quantiles, errors = self.quantiles.flatten(1), self.mcse_quantiles.flatten(1)
+        quantiles, errors = (t.reshape(3, -1) for t in (self.quantiles, self.mcse_quantiles))
         num = self.mean.numel()
         estimates = (self.mean, self.mcse_mean, self.sd, self.mcse_sd)
         for i in range(min(num, _MAX_ROWS)):
@@ -232,12 +232,9 @@ def summary(x: Tensor | Trace, *, max_depth: int = 10) -> Summary:
             rhat=rhat(draws),
             notes=(),
         )
-    notes = list(dict.fromkeys(str(warning.message) for warning in caught))
-    notes += _about_mixing(result)
-    if isinstance(x, Trace):
-        notes += _about_steps(x, max_depth)
-    object.__setattr__(result, "notes", tuple(notes))
-    return result
+        of_steps = _about_steps(x, max_depth) if isinstance(x, Trace) else []
+    warned = dict.fromkeys(str(warning.message) for warning in caught)  # each once, in order
+    return replace(result, notes=(*warned, *_about_mixing(result), *of_steps))
 
 
 def _about_mixing(result: Summary) -> list[str]:
