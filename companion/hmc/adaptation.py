@@ -64,8 +64,7 @@ class Tuned(_Pair):
         trajectory_length: float | None = None,
     ) -> Tuned:
         tuned = super().__new__(cls, kernel, x)
-        tuned.step_size, tuned.mass = step_size, mass
-        tuned.trajectory_length = trajectory_length
+        tuned.step_size, tuned.mass, tuned.trajectory_length = step_size, mass, trajectory_length
         tuned.history = {
             name: torch.tensor(values, dtype=torch.float64, device="cpu")
             for name, values in history.items()
@@ -74,7 +73,6 @@ class Tuned(_Pair):
 
 
 # ---------------------------------------------------------------- step size
-
 
 # Hoffman and Gelman have 0.05, 10 and 10. An error then moves the next log step by up to 3.2 times
 # its size, and where acceptance falls steeply with the step (MALA) the search overshoots for ever:
@@ -134,7 +132,7 @@ def find_step_size(
 ) -> float:
     """Double or halve `guess` until one leapfrog step is accepted with a probability of about 0.8.
 
-    Each trial costs a gradient. The probability is averaged over the chains at `x`.
+    Each trial costs a gradient; the probability is averaged over the chains at `x`.
     """
     step_size, direction = guess, 0.0
     state = hmc(log_prob, step_size, 1, mass).init(x)
@@ -240,7 +238,8 @@ def warmup(
 
     Args:
         make_kernel: `(log_prob, step_size, mass) -> Kernel`, such as `nuts` or `mala`, or
-            `lambda log_prob, step_size, mass: hmc(log_prob, step_size, 10, mass)`.
+            `lambda log_prob, step_size, mass: hmc(log_prob, step_size, 10, mass)`. A kernel is made
+            for each step: leave `compile` to one that you make of the tuned numbers.
         log_prob: the log-density, `(*chains, *event) -> (*chains)`.
         x0: starting points, `(*chains, *event)`; one chain will do, more of them estimate better.
         num_steps: steps of the warm-up, at least 50; some hundreds are usual.
@@ -320,8 +319,7 @@ def run_frozen(
 ) -> tuple[Any, list[float]]:
     """Run the tuned kernel for the last steps of a warm-up, and warn of what looks bad.
 
-    Returns:
-        The state of the chains, and the mean acceptance probability of each step.
+    Returns the state of the chains, and the mean acceptance probability of each step.
     """
     accept_probs, num_divergent = [], 0
     for _ in range(num_steps):
@@ -349,6 +347,6 @@ def run_frozen(
             "up for longer"
         )
     if found:
-        message = f"in the last {num_steps} steps of the warm-up, with all numbers fixed, "
-        warnings.warn(message + "; ".join(found), stacklevel=4)
+        where = f"in the last {num_steps} steps of the warm-up, with all numbers fixed, "
+        warnings.warn(where + "; ".join(found), stacklevel=4)
     return state, accept_prob.reshape(num_steps, -1).mean(1).tolist()
