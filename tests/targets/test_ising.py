@@ -174,7 +174,7 @@ def test_the_law_of_the_magnetisation_of_8_x_8_spins_is_consistent(ledger):
     (curvature,) = torch.autograd.grad(slope, h)
     name = "Ising 8 x 8, critical, h = 0.01"
     mean, square = probs @ m, probs @ m.square()
-    ledger(f"{name}: E\\[m\\] as d log Z / dh", exact=slope.detach() / 64, estimate=mean)
+    ledger(f"{name}: E[m] as d log Z / dh", exact=slope.detach() / 64, estimate=mean)
     ledger(
         f"{name}: var m as the second derivative",
         exact=curvature / 64**2,

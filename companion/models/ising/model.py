@@ -7,7 +7,7 @@ from torch import Tensor
 
 from companion.core import Kernel, LogZ
 from companion.inputs import check_count, check_finite, check_generator
-from companion.mcmc.base import GibbsState, MoveInfo, compile_step
+from companion.mcmc.base import GibbsState, MoveInfo
 from companion.targets.ising import MAX_WIDTH, ising_log_z, kaufman_log_z
 
 __all__ = ["Ising", "checkerboard", "checkerboard_step", "uniform"]
@@ -204,7 +204,7 @@ def checkerboard_step(
     return GibbsState(x), MoveInfo(always, always.bool(), ~always.bool())
 
 
-def checkerboard(model: Ising, *, compile: bool = False) -> Kernel:
+def checkerboard(model: Ising) -> Kernel:
     """Gibbs sampling of all black, then of all white sites of the checkerboard.
 
     A step is one sweep: every spin is drawn once. It leaves the model invariant but is not
@@ -212,7 +212,6 @@ def checkerboard(model: Ising, *, compile: bool = False) -> Kernel:
 
     Args:
         model: an `Ising` model, both sides even.
-        compile: compile the sweep with `torch.compile`.
 
     Returns:
         A `Kernel` whose state is a `GibbsState` (without log-density), its info a `MoveInfo`.
@@ -233,14 +232,13 @@ def checkerboard(model: Ising, *, compile: bool = False) -> Kernel:
             "of odd length two neighbours have the same colour, and drawing them at once ignores "
             "their bond. Use swendsen_wang or wolff"
         )
-    sweep = compile_step(checkerboard_step, compile)
 
     def step(
         state: GibbsState, *, generator: torch.Generator | None = None
     ) -> tuple[GibbsState, MoveInfo]:
         x = state.x
         half = (4, *x.shape[:-2], model.height // 2, model.width // 2)
-        return sweep(model.coupling, model.field, state, uniform(half, x, generator))
+        return checkerboard_step(model.coupling, model.field, state, uniform(half, x, generator))
 
     return Kernel(lambda x: GibbsState(model._check(x)), step)
 
