@@ -146,8 +146,8 @@ class Ising:
         sizes = zip(reversed(batch), reversed(chains), strict=False)
         if len(batch) > len(chains) or any(size not in (1, n) for size, n in sizes):
             raise ValueError(
-                f"coupling and field, of shape {tuple(batch)}, must broadcast over the chains of x, "
-                f"{tuple(chains)}"
+                f"coupling and field, of shape {tuple(batch)}, must broadcast over the chains of "
+                f"x, {tuple(chains)}"
             )
         if x.device != self.coupling.device:
             raise ValueError(f"x is on {x.device} but the model is on {self.coupling.device}")
