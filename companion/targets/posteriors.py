@@ -275,9 +275,9 @@ class EightSchools(Target):
 
     def transform(self, x: Tensor) -> Tensor:
         """The parameters (mu, tau, theta_1, ..., theta_8) at `x`, `(..., 10) -> (..., 10)`."""
-        _, mu, _, tau, eta, _ = self._evaluate(x)
-        theta = eta if self.parameterization == "centered" else mu + tau * eta
-        return torch.cat([mu, tau, theta], -1)
+        mu, u, eta = self._check(x).split_with_sizes([1, 1, 8], -1)
+        theta = eta if self.parameterization == "centered" else mu + u.exp() * eta
+        return torch.cat([mu, u.exp(), theta], -1)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """`n` exact draws, `(n, 10)`: tau by inversion, then mu given tau, then eta given both."""
@@ -285,7 +285,7 @@ class EightSchools(Target):
         uniform = torch.rand(n, generator=generator, dtype=noise.dtype, device=noise.device)
         cell = torch.searchsorted(self._cumulative, uniform).clamp(max=len(self._u) - 1)
         above = (self._cumulative[cell] - uniform) / self._weights[cell]  # the part of the cell
-        u = self._u[cell] + _SPACING * (0.5 - above)
+        u = self._u[cell] + _SPACING * (0.5 - above.clamp(0.0, 1.0))
         _, mean, variance = self._given_tau(u)
         mu = (mean + variance.sqrt() * noise[:, 0])[:, None]
         shift, slope, scale = self._eta(u, self.parameterization == "centered")
