@@ -45,7 +45,7 @@ class Run:
         self._num_saved = self._num_shards = 0
         self._infos: list[Any] = []  # the block: of every step, and of every kept draw
         self._kept: list[tuple[Any, Any]] = []
-        self._block = 1  # until the first draw has told its size
+        self._block = 1  # steps; until the first draw has told its size
 
     def add(self, state: Any, info: Any, keep: bool) -> None:
         """Count a step after the warm-up and, if asked to, keep its draw."""
@@ -93,7 +93,12 @@ class Run:
                     f"accept_prob; its shape is {tuple(first.shape)}"
                 )
             self.draws[name] = first.new_empty((self._num_draws, *first.shape))
-        self._block = max(1, min(_BLOCK_STEPS, _BLOCK_BYTES // max(state.x.nbytes, 1)))
+        self._size_block()
+
+    def _size_block(self) -> None:
+        if self.draws:
+            row = self.draws["x"].nbytes // self._num_draws
+            self._block = max(1, min(_BLOCK_STEPS, _BLOCK_BYTES // row))
 
     # ------------------------------------------------------------ to disk and back
 
@@ -140,6 +145,7 @@ class Run:
         self.steps, self.counts, self.draws = saved["steps"], counts, draws
         self.num_kept = self._num_saved = first
         self._num_shards = saved["num_shards"]
+        self._size_block()
 
     def _shard(self, i: int) -> str:
         return f"{self._path}.draws-{i:05d}"
