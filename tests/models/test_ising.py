@@ -454,14 +454,14 @@ def test_gibbs_is_the_checkerboard_kernel_and_leaves_its_input_alone(rng):
 
 
 def test_sample_base_draws_independent_spins_in_the_field(rng, device):
-    model = Ising(2, 2, 0.7, 0.3, device=device, dtype=F64)
+    model = Ising(2, 2, 0.4, 0.7, device=device, dtype=F64)
     n = 100_000
     x = model.sample_base(n, generator=rng(14, device))
     assert x.shape == (n, 2, 2) and x.dtype == F64
-    exact = math.tanh(0.3)
+    exact = math.tanh(0.7)
     z = (x.mean(0) - exact) / math.sqrt((1 - exact**2) / n)
     assert z.abs().max() < 4.9  # 4.9 for four (4e-6 in all)
-    assert abs(float(x.mean()) - 0.3) > 4.5 * math.sqrt(1 / n / 4)  # h for tanh h
+    assert abs(float(x.mean()) - 0.7) > 4.9 * math.sqrt(1 / n)  # h for tanh h
     ladder = Ising(4, 4, 0.7, torch.tensor([[0.0], [5.0]], dtype=F64))
     assert ladder.sample_base(10, generator=rng(15)).shape == (10, 2, 1, 4, 4)
 
