@@ -168,8 +168,8 @@ def run_times_page(root: Path = ROOT) -> str:
     text = """# Chapter run times
 
 The processor time that each notebook took when its outputs were stored, the start of Python
-included: on one thread, that is how long it takes on a machine with nothing else to do. A notebook
-may take a minute, and all of them together twelve; the aim is twenty seconds on average.
+included: on one thread, that is about how long it takes on a machine with nothing else to do. A
+notebook may take a minute, and all of them twenty seconds on average.
 
 | Chapter | Seconds |
 |---|---:|
