@@ -302,7 +302,7 @@ def propose(
 
 
 def _warn_of_length(course: list[float], length: float, longest: float) -> None:
-    if length > 0.8 * longest:
+    if length > 0.7 * longest:
         problem = (
             "came to the longest that is allowed: precondition by mass=, or raise max_leapfrog"
         )

@@ -68,7 +68,7 @@ def test_the_closed_form_of_the_acceptance_is_that_of_the_sampler(rng, ledger):
         what = f"acceptance of HMC, {num_steps} steps of {step_size}, N(0, I) in {d} dimensions"
         exact = exact_accept(step_size, d, num_steps)
         ledger(what, exact=exact, estimate=mean, std_error=error)
-        assert abs(mean - exact_accept(step_size, d + 1, num_steps)) > 4.5 * error
+        assert abs(mean - exact_accept(1.1 * step_size, d, num_steps)) > 4.5 * error
     assert exact_accept(1.2, 1) == pytest.approx(4 / math.pi * math.atan(s_of(1.2) ** -0.5))
 
 
@@ -266,6 +266,11 @@ def test_a_mass_that_is_the_covariance_itself_is_noticed(rng, monkeypatch):
 # ---------------------------------------------------------------- afterwards
 
 
+# The density falls as exp(-exp(-s)) on one side, where now and then a trajectory diverges.
+MAY_DIVERGE = pytest.mark.filterwarnings("ignore:.*diverged")
+
+
+@MAY_DIVERGE
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_tuned_kernel_leaves_its_target_invariant(dtype, dense, rng, device):
@@ -286,6 +291,7 @@ def still_adapting(log_prob, step_size: float, mass) -> Kernel:
     return Kernel(hmc(log_prob, step_size, 3, mass).init, step)
 
 
+@MAY_DIVERGE
 def test_a_kernel_that_goes_on_adapting_is_rejected(rng):
     target = SkewedProduct(SKEW)
     start = target.sample(50, generator=rng(0))
