@@ -169,11 +169,11 @@ def slice_sampler(
 
     >>> from companion.core import sample
     >>> from companion.targets import SkewedProduct
-    >>> target = SkewedProduct(torch.tensor([[1.0, 0.0], [0.5, 2.0]]))
+    >>> target = SkewedProduct(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
     >>> kernel, g = slice_sampler(target, 3.0), torch.Generator().manual_seed(0)
     >>> trace = sample(kernel, torch.zeros(1000, 2), 20, warmup=10, generator=g)
     >>> print([f"{m:.1f}" for m in trace.x.mean((0, 1))], [f"{m:.1f}" for m in target.mean])
-    ['0.6', '1.4'] ['0.6', '1.4']
+    ['0.6', '1.7'] ['0.6', '1.7']
     """
     width = check_step_size("width", width)
     check_count("max_widths", max_widths)
