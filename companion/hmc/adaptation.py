@@ -263,13 +263,12 @@ def warmup(
     the Stan reference manual, *HMC algorithm parameters*.
 
     >>> from companion.hmc import nuts
-    >>> log_prob = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 100.0])).log_prob
-    >>> kernel, x = tuned = warmup(
-    ...     nuts, lambda x: log_prob(x).sum(-1), torch.zeros(20, 2), 300,
-    ...     generator=torch.Generator().manual_seed(0),
-    ... )
-    >>> x.shape, bool((tuned.mass.sqrt() * torch.tensor([1.0, 100.0]) - 1).abs().max() < 0.2)
-    (torch.Size([20, 2]), True)
+    >>> from companion.targets import Gaussian
+    >>> target = Gaussian(torch.zeros(2), torch.diag(torch.tensor([1.0, 100.0])))
+    >>> g = torch.Generator().manual_seed(0)
+    >>> kernel, x = tuned = warmup(nuts, target, torch.zeros(50, 2), 100, generator=g)
+    >>> x.shape, bool((tuned.mass * torch.tensor([1.0, 100.0]) - 1).abs().max() < 0.2)
+    (torch.Size([50, 2]), True)
     """
     check_finite("x0", x0)
     check_generator(generator, x0.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from companion.core import Kernel, sample
 from companion.hmc import adaptation
 from companion.hmc.adaptation import DualAveraging, add_draws, mass_from, warmup, windows
+from companion.hmc.nuts import nuts
 from companion.hmc.static import hmc
 from companion.mcmc import mala
 from companion.targets import Funnel, Gaussian, SkewedProduct
@@ -249,6 +250,20 @@ def test_on_scales_of_1_to_1000_the_mass_gains_what_theory_says(rng):
         quick, efficiency(mala(round_target, e), round_target, rng(4)), rtol=0.12, atol=0
     )
     assert quick[1] / lazy[1] > 4e5
+
+
+def test_trajectories_of_nuts_shorten_with_the_mass_and_keep_the_acceptance(rng):
+    """With unit mass the wide coordinate asks for long trajectories of the narrow one's steps."""
+    scales = torch.tensor([1.0, 15.0], **F64)
+    target = Gaussian(torch.zeros(2, **F64), torch.diag(scales**2))
+    start, fresh = target.sample(30, generator=rng(0)), target.sample(300, generator=rng(1))
+    num_steps = []
+    for make_kernel in (nuts, lambda p, e, m: nuts(p, e)):
+        tuned = warmup(make_kernel, target, start, 60, generator=rng(2))
+        trace = sample(tuned.kernel, fresh, 3, generator=rng(3))
+        assert trace.accept_prob.mean() == pytest.approx(0.8, abs=0.1)
+        num_steps.append(float(trace.stats["num_steps"].double().mean()))
+    assert num_steps[0] < 4 < 8 < num_steps[1]
 
 
 def test_a_mass_that_is_the_covariance_itself_is_noticed(rng, monkeypatch):
