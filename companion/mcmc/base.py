@@ -199,7 +199,8 @@ def select(accepted: Tensor, new: S, old: S) -> S:
         None if a is None else torch.where(expand(accepted, a), a, b)
         for a, b in zip(new, old, strict=True)
     )
-    return new._make(fields)
+    kind: Any = type(new)  # not new._make: PyTorch 2.11 cannot compile that
+    return kind(*fields)
 
 
 def expand(a: Tensor, like: Tensor) -> Tensor:
@@ -208,7 +209,8 @@ def expand(a: Tensor, like: Tensor) -> Tensor:
     >>> expand(torch.ones(5), torch.ones(5, 3, 2)).shape
     torch.Size([5, 1, 1])
     """
-    return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
+    extra = like.ndim - a.ndim
+    return a.reshape(a.shape + (1,) * extra) if extra else a
 
 
 # ---------------------------------------------------------------- accepting

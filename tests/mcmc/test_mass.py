@@ -18,7 +18,8 @@ def matrix(mass: Tensor | None) -> Tensor:
 
 def made(mass: Tensor | None, dtype=torch.float64, device="cpu"):
     mass = None if mass is None else mass.to(device, dtype)
-    return make_mass(mass, torch.Size([3]), dtype, torch.device(device))
+    points = torch.empty(0, dtype=dtype, device=device)  # its device has an index
+    return make_mass(mass, torch.Size([3]), dtype, points.device)
 
 
 @pytest.mark.parametrize("mass", MASSES.values(), ids=MASSES.keys())
