@@ -52,7 +52,15 @@ def test_a_notebook_depends_on_the_modules_that_it_imports_and_on_theirs(package
 
 
 def test_the_real_package_is_found() -> None:
-    modules = {"__init__", "core/__init__", "core/contracts", "core/log_z", "core/trace", "inputs"}
+    modules = {
+        "__init__",
+        "core/__init__",
+        "core/contracts",
+        "core/log_z",
+        "core/runs",
+        "core/trace",
+    }
+    modules |= {"inputs", "storage"}
     assert {f"companion/{module}.py" for module in modules} == set(
         execute.package_sources(["from companion.core import sample"])
     )
