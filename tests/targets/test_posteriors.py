@@ -218,7 +218,7 @@ class _Heavy:
 def test_eight_schools_evidence_agrees_with_importance_sampling(rng, parameterization, ledger):
     target = EightSchools(parameterization, dtype=F64, device="cpu")
     found = importance_sampling(target, _Heavy(target), 100_000, generator=rng(6))
-    assert found.ess > 40_000
+    assert found.ess > 20_000
     ledger(
         f"eight schools, {parameterization}: log evidence, importance sampling",
         exact=target.log_z,
