@@ -239,6 +239,15 @@ def test_spins_and_bonds_have_the_ising_model_as_their_marginal(ledger):
     torch.testing.assert_close(joint.sum(1), p, rtol=0, atol=1e-14)
     wrong = (2 * coupling * energy).softmax(0)
     assert (joint.sum(1) - wrong).abs().max() > 0.01
+    # Given the spins: a bond is set with probability r between equal ones, whatever the others.
+    given_spins = joint / joint.sum(1, keepdim=True)
+    equal = torch.stack([spins[:, i] == spins[:, j] for i, j in edges], 1).to(F64)
+    torch.testing.assert_close(given_spins @ bits, r * equal, rtol=0, atol=1e-14)
+    both = given_spins @ (bits[:, 0] * bits[:, 2])
+    torch.testing.assert_close(both, r * r * equal[:, 0] * equal[:, 2], rtol=0, atol=1e-14)
+    step = given_spins @ (joint / joint.sum(0)).T  # bonds given spins, then spins given bonds
+    assert stationary_error(step, p) < 1e-14
+    assert detailed_balance_error(step, p) < 1e-14
     # Given the bonds: every cluster has one sign, and all choices are equally likely.
     square = torch.zeros((), dtype=F64)
     for b, column in zip(bits, joint.T, strict=True):

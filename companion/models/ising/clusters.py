@@ -91,7 +91,8 @@ def swendsen_wang(model: Ising) -> Kernel:
     Spins and bonds have a joint law of which both are exact conditionals, so that every step is
     accepted; it is reversible with respect to the model. Any sizes, either sign of K, with or
     without a field (a strong field, or bonds that cannot all be satisfied, take away its
-    advantage). A step costs some seven checkerboard sweeps.
+    advantage). On a CPU a step costs two to six checkerboard sweeps, the more the larger the
+    lattice and the batch.
 
     Args:
         model: an `Ising` model.
