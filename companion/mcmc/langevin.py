@@ -159,9 +159,8 @@ def mala(
             log-density or its gradient is not finite.
         TypeError: an argument of another type; by `init`, points that are not floating.
 
-    Reference: Besag (1994), discussion of Grenander and Miller, *Representations of knowledge in
-    complex systems*; Roberts and Tweedie (1996), as above; Roberts and Rosenthal (1998), *Optimal
-    scaling of discrete approximations to Langevin diffusions*.
+    Reference: Roberts and Tweedie (1996), as above; Roberts and Rosenthal (1998), *Optimal scaling
+    of discrete approximations to Langevin diffusions*.
 
     >>> from companion.core import sample
     >>> g = torch.Generator().manual_seed(0)

@@ -191,7 +191,7 @@ def random_walk(
             log-density is not finite.
         TypeError: an argument of another type; by `init`, points that are not floating.
 
-    Reference: Metropolis et al. (1953), as above; Gelman, Gilks and Roberts (1997), *Weak
+    Reference: Metropolis et al. (1953), as above; Roberts, Gelman and Gilks (1997), *Weak
     convergence and optimal scaling of random walk Metropolis algorithms*.
 
     >>> from companion.core import sample
