@@ -28,7 +28,6 @@ from companion.inputs import check_count, check_generator
 from companion.mcmc.base import (
     GradientState,
     check_step_size,
-    compile_step,
     expand,
     init_gradient,
     per_chain,
@@ -78,15 +77,6 @@ class Candidate(NamedTuple):
     energy: Tensor
 
 
-class Tally(NamedTuple):
-    """What is counted along the way, `(*chains)`."""
-
-    accept_sum: Tensor
-    num_steps: Tensor
-    is_nan: Tensor
-    is_divergent: Tensor
-
-
 class Branch(NamedTuple):
     """A trajectory that is growing from its last point."""
 
@@ -95,7 +85,6 @@ class Branch(NamedTuple):
     candidate: Candidate
     log_weight: Tensor
     """log of the sum of `exp(H_0 - H)` over the points that the candidate was drawn from."""
-    tally: Tally
     going: Tensor
     """Chains that have neither turned back nor diverged, boolean."""
 
@@ -105,11 +94,11 @@ class Branch(NamedTuple):
 
 def add_point(
     log_prob: LogProb, mass: Mass, step_size: Tensor, energy_0: Tensor, uniform: Tensor, b: Branch
-) -> tuple[Branch, Tensor]:
+) -> tuple[Branch, Tensor, Tensor]:
     """Make a leapfrog step, and let the new point replace the candidate with its share of weight.
 
-    Returns the longer branch and the whitened momentum of its new point. Chains that have ended
-    stand still.
+    Returns the longer branch, and of its new point the whitened momentum and `H_0 - H`. Chains that
+    have ended stand still.
     """
     step = torch.where(b.going, step_size, 0.0)
     x, p, _, grad = b.point
@@ -117,20 +106,12 @@ def add_point(
     white = whiten(mass, point.p)
     energy = 0.5 * dot(white, white, energy_0) - point.log_prob
     log_weight = energy_0 - energy
-    is_nan = log_weight.isnan()
-    log_weight = log_weight.masked_fill(is_nan, -torch.inf)
-    diverged = log_weight < -MAX_ENERGY_ERROR
-    total = torch.logaddexp(b.log_weight, log_weight)
-    taken = b.going & (uniform < (log_weight - total).exp())
+    weighed = log_weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    total = torch.logaddexp(b.log_weight, weighed)
+    taken = b.going & (uniform < (weighed - total).exp())
     new = Candidate(point.x, point.log_prob, point.grad, energy)
-    tally = Tally(
-        b.tally.accept_sum + b.going * log_weight.clamp(max=0.0).exp(),
-        b.tally.num_steps + b.going,
-        b.tally.is_nan | (b.going & is_nan),
-        b.tally.is_divergent | (b.going & diverged),
-    )
-    candidate = select(taken, new, b.candidate)
-    return Branch(point, candidate, total, tally, b.going & ~diverged), white
+    going = b.going & (weighed >= -MAX_ENERGY_ERROR)
+    return Branch(point, select(taken, new, b.candidate), total, going), white, log_weight
 
 
 def join(a: Stretch, b: Stretch, going: Tensor, are_points: bool) -> tuple[Stretch, Tensor]:
@@ -165,9 +146,6 @@ def nuts_step(
     state: GradientState,
     normal: Tensor,
     uniform: Callable[[int], Tensor],
-    *,
-    add_point: Callable[..., tuple[Branch, Tensor]] = add_point,
-    join: Callable[..., tuple[Stretch, Tensor]] = join,
 ) -> tuple[GradientState, NutsInfo]:
     """One step of NUTS, as a function of state and noise; the other arguments are those of `nuts`.
 
@@ -176,13 +154,14 @@ def nuts_step(
     """
     p = momentum(mass, normal)
     energy_0 = 0.5 * dot(normal, normal, state.log_prob) - state.log_prob
-    zero, going = torch.zeros_like(energy_0), torch.ones_like(energy_0, dtype=torch.bool)
-    none, count = ~going, torch.zeros_like(going, dtype=torch.long)
+    going = torch.ones_like(energy_0, dtype=torch.bool)
+    step_size = step_size * torch.ones_like(energy_0)
+    log_weight = torch.zeros_like(energy_0)
+    candidate = Candidate(*state, energy_0)
     far = near = Phase(state.x, p, state.log_prob, state.grad)  # the ends of the trajectory
-    total = normal  # sum of its whitened momenta
-    candidate, log_weight, moved, tree_depth = Candidate(*state, energy_0), zero, none, count
-    tally = Tally(zero, count, none, none)
-    step_size = step_size + zero
+    total = normal  # the sum of its whitened momenta
+    moved, tree_depth = ~going, torch.zeros_like(going, dtype=torch.long)
+    record = []  # of each point H_0 - H, and the chains that went there
     for depth in range(max_depth):
         length = 2**depth  # of the trajectory, and of the branch that shall double it
         noise = uniform(length + 2)
@@ -190,10 +169,14 @@ def nuts_step(
         step_size = torch.where(flip, -step_size, step_size)
         if depth > 0:
             far, near = select(flip, near, far), select(flip, far, near)
-        branch = Branch(near, candidate, torch.full_like(zero, -torch.inf), tally, going)
+        branch = Branch(near, candidate, torch.full_like(log_weight, -torch.inf), going)
         waiting: list[Stretch] = []  # stretches that wait for their other half
         for i in range(length):
-            branch, white = add_point(log_prob, mass, step_size, energy_0, noise[i + 2], branch)
+            went = going
+            branch, white, gain = add_point(
+                log_prob, mass, step_size, energy_0, noise[i + 2], branch
+            )
+            record.append((gain, went))
             stretch, going, size = Stretch(white, white, white), branch.going, 1
             while i // size % 2:  # it is a second half: of a pair, and perhaps of more
                 stretch, going = join(waiting.pop(), stretch, going, size == 1)
@@ -202,7 +185,6 @@ def nuts_step(
             branch = branch._replace(going=going)
             if not going.any():
                 break
-        tally = branch.tally
         tree_depth = tree_depth + going  # the chains whose branch is complete
         taken = going & (noise[1] < (branch.log_weight - log_weight).exp())
         candidate, moved = select(taken, branch.candidate, candidate), moved | taken
@@ -214,12 +196,19 @@ def nuts_step(
         total, near = trajectory.total, branch.point
         if not going.any():
             break
-    x, log_prob_x, grad, energy = candidate
-    accept_sum, num_steps, is_nan, is_divergent = tally
+    gains, visits = (torch.stack(rows) for rows in zip(*record, strict=True))
+    num_steps = visits.sum(0)
+    accept_prob = gains.nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()
     info = NutsInfo(
-        accept_sum / num_steps, moved, is_nan, is_divergent, energy, num_steps, tree_depth
+        accept_prob=(visits * accept_prob).sum(0) / num_steps,
+        accepted=moved,
+        is_nan=(visits & gains.isnan()).any(0),
+        is_divergent=(visits & ~(gains >= -MAX_ENERGY_ERROR)).any(0),
+        energy=candidate.energy,
+        num_steps=num_steps,
+        tree_depth=tree_depth,
     )
-    return GradientState(x, log_prob_x, grad), info
+    return GradientState(candidate.x, candidate.log_prob, candidate.grad), info
 
 
 def nuts(
@@ -227,8 +216,6 @@ def nuts(
     step_size: Tensor | float,
     mass: Tensor | None = None,
     max_depth: int = 10,
-    *,
-    compile: bool = False,
 ) -> Kernel:
     """The No-U-Turn Sampler, with multinomial weights, for a batch of chains.
 
@@ -239,8 +226,9 @@ def nuts(
     that turns back on itself or diverges is thrown away.
 
     A step costs as many gradients as the longest trajectory of the batch has leapfrog steps, at
-    most `2^max_depth - 1`. (All chains are evaluated every time, because a density may treat
-    each of them differently, at a temperature of its own, say.)
+    most `2^max_depth - 1`. (All chains are evaluated every time, as a density may treat each of
+    them differently, at a temperature of its own, say.) One chain costs nearly as much time as a
+    hundred: what takes time is the bookkeeping.
 
     Args:
         log_prob: the log-density, `(*chains, *event) -> (*chains)`; its own `value_and_grad`, if it
@@ -249,8 +237,6 @@ def nuts(
         mass: M, the covariance of the momentum (not its standard deviation): None for the identity,
             a tensor of the event's shape for a diagonal, or `(d, d)` for events of shape `(d,)`.
         max_depth: doublings at most.
-        compile: compile what is done at each point with `torch.compile`. That takes seconds at the
-            first steps and pays for a few chains.
 
     Returns:
         A `Kernel` with a `GradientState` and a `NutsInfo`.
@@ -276,8 +262,6 @@ def nuts(
     step_size = check_step_size("step_size", step_size)
     check_count("max_depth", max_depth)
     mass_of = mass_for(mass)
-    # For each kernel its own: compiled code is made for one density.
-    parts = {"add_point": compile_step(add_point, compile), "join": compile_step(join, compile)}
 
     def init(x: Tensor) -> GradientState:
         state = init_gradient(log_prob, x)
@@ -297,8 +281,6 @@ def nuts(
             return torch.rand((n, *like.shape), **make)
 
         normal = torch.randn(x.shape, **make)
-        return nuts_step(
-            log_prob, step_size, max_depth, mass_of(state), state, normal, uniform, **parts
-        )
+        return nuts_step(log_prob, step_size, max_depth, mass_of(state), state, normal, uniform)
 
     return Kernel(init, step)

@@ -153,7 +153,9 @@ def dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     >>> dot(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.ones(2, 2), torch.zeros(2))
     tensor([3., 1.])
     """
-    return (a * b).reshape(*like.shape, -1).sum(-1)
+    if a.ndim != like.ndim + 1:
+        a, b = a.reshape(*like.shape, -1), b.reshape(*like.shape, -1)
+    return torch.linalg.vecdot(a, b)
 
 
 def kinetic_energy(mass: Mass, p: Tensor, like: Tensor) -> Tensor:
