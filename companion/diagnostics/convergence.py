@@ -83,7 +83,9 @@ def integrated_autocorrelation_time(x: Tensor | Trace) -> Tensor:
 
     The mean of n draws has variance `tau sigma^2 / n`, so `n / tau` draws are effective. It is 1
     for independent draws and below 1 for antithetic ones. The sum runs as far as Geyer's initial
-    monotone sequence. Where chains disagree, their spread counts as autocorrelation.
+    monotone sequence. Where chains disagree, their spread counts as autocorrelation. For chains of
+    a few tau it is biased upwards, however many there are (by half for chains of 8 tau), since each
+    is centred at its own mean: then use the spread of the chains' means.
 
     Args:
         x: draws, `(chains, draws, *event)`, or a `Trace`.
