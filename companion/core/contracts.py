@@ -34,10 +34,18 @@ def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     if own is not None:
         value, grad = cast(tuple[Tensor, Tensor], own(x))
         return value.detach(), grad.detach()
+    # Each chain's density depends on that chain alone, so the sum's gradient is every chain's.
+    if torch.compiler.is_compiling():  # autograd.grad would break the compiled graph
+
+        def total(x: Tensor) -> tuple[Tensor, Tensor]:
+            value = log_prob(x)
+            return value.sum(), value
+
+        grad, (_, value) = torch.func.grad_and_value(total, has_aux=True)(x.detach())
+        return value.detach(), grad.detach()
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = log_prob(x)
-        # Each chain's density depends on that chain alone, so the sum's gradient is every chain's.
         (grad,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), grad
 

@@ -261,12 +261,14 @@ def test_hmc_runs_without_event_dimensions_and_with_two(rng):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
-def test_compiled_and_eager_steps_agree(rng):
+@pytest.mark.parametrize("gradient", ["its own", "by autograd"])
+def test_compiled_and_eager_steps_agree(rng, gradient):
     target = skewed(torch.empty((), **F64))
+    log_prob = target if gradient == "its own" else target.log_prob
     x = target.sample(20, generator=rng(0))
     mass = torch.tensor([1.5, 4.0, 0.3], **F64)
     traces = [
-        sample(hmc(target, 0.4, 3, mass, compile=compile), x, 5, generator=rng(1))
+        sample(hmc(log_prob, 0.4, 3, mass, compile=compile), x, 5, generator=rng(1))
         for compile in (False, True)
     ]
     torch.testing.assert_close(traces[0].x, traces[1].x)
