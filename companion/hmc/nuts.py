@@ -54,7 +54,7 @@ class NutsInfo(NamedTuple):
     num_steps: Tensor
     """Leapfrog steps of this chain, an integer."""
     tree_depth: Tensor
-    """Doublings completed, an integer; at `max_depth` the trajectory was cut short."""
+    """Doublings completed, an integer; at `max_depth` the trajectory may have been cut short."""
 
 
 class Stretch(NamedTuple):
@@ -121,7 +121,7 @@ def join(a: Stretch, b: Stretch, going: Tensor, are_points: bool) -> tuple[Stret
     momenta, which is its displacement, seen through M. Two halves can be straight, and the whole
     seem so, yet it has gone a full circle: its ends then point the same way. Therefore each half
     together with the nearest point of the other has to be straight, too. (For halves that are
-    `are_points`, that is the whole.)
+    `are_points`, that is the whole.) The criterion is Stan's.
     """
     whole = Stretch(a.first, b.last, a.total + b.total)
     going = going & _is_straight(*whole, going)

@@ -90,7 +90,7 @@ def hmc(
         mass: M, the covariance of the momentum (not its standard deviation): None for the identity,
             a tensor of the event's shape for a diagonal, or `(d, d)` for events of shape `(d,)`.
         compile: compile the pure step, the whole trajectory included, with `torch.compile`. That
-            takes seconds at the first step and pays for a few chains.
+            takes seconds at the first step, and saves the more the fewer the chains are.
 
     Returns:
         A `Kernel` with a `GradientState` and an `HmcInfo`.
