@@ -59,6 +59,26 @@ def test_doeblins_constant_bounds_the_distance_from_equilibrium(rng, seed):
     assert float(torch.linalg.matrix_power(parts, 50).amin(0).sum()) == 0.0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_detailed_balance_implies_stationarity_and_not_conversely(rng, seed):
+    flow = torch.rand(6, 6, generator=rng(seed), dtype=FLOAT64)
+    flow = flow + flow.T + 1.0  # the same in both directions
+    flow = flow / flow.sum()
+    p = flow.sum(1)
+    assert detailed_balance_error(flow / p[:, None], p) < 1e-15
+    assert stationary_error(flow / p[:, None], p) < 1e-15
+    # A current round the ring keeps p and breaks the balance; a leak in one direction loses p.
+    round_trip = flow + 0.01 * torch.eye(6, dtype=FLOAT64).roll(1, 1)
+    law = round_trip.sum(1) / round_trip.sum()
+    matrix = round_trip / round_trip.sum(1, keepdim=True)
+    assert detailed_balance_error(matrix, law) > 1e-3
+    assert stationary_error(matrix, law) < 1e-15
+    leak = flow.clone()
+    leak[0, 1] += 0.01
+    leak[0, 0] -= 0.01
+    assert stationary_error(leak / p[:, None], p) > 1e-3
+
+
 def test_any_proposal_is_brought_into_balance_exactly(rng, ledger):
     num_states = 5
     q = random_matrix(num_states, rng(0)) * 0.9 + 0.1 / num_states  # positive, not symmetric
@@ -202,4 +222,6 @@ def test_tau_on_the_grid_is_the_tau_of_the_walk(rng, ledger):
         std_error=values.std() / math.sqrt(len(values)),
     )
     assert exact == pytest.approx(tau, rel=0.02)
-    assert float(integrated_autocorrelation_time(trace.x)) == pytest.approx(tau, rel=0.05)
+    # The estimate from these 1.5 million draws scatters by one percent (a window of some 40 lags:
+    # sqrt(2 * 81 / 1.5e6)), and falls short by two: it stops summing early.
+    assert float(integrated_autocorrelation_time(trace.x)) == pytest.approx(tau, rel=0.1)
