@@ -61,6 +61,7 @@ def configure(app: Sphinx, config: Config) -> None:
     config.intersphinx_mapping = within_reach(config.intersphinx_mapping) if online else {}
     config.nitpick_ignore_regex = [
         ("py:obj", r"(?s).*"),  # single backticks in docstrings: most of them are not names
+        ("py:class", r"companion\.mcmc\.base\.S"),  # a type variable
         ("py:.*", r"(?s)(?!companion\b).*"),  # other projects' names: known only when online
     ]
 

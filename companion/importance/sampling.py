@@ -128,7 +128,7 @@ def importance_sampling(
             infinity where the density is zero.
         proposal: q, a `torch.distributions` object (its batch dimensions are separate problems), or
             one with `sample(n, *, generator)` and `log_prob`. Its density must be normalised; where
-            it has a number `.log_z` (as in `companion.targets`), that is subtracted.
+            it has a number `log_z` (as in `companion.targets`), that is subtracted.
         num_samples: n, at least 2.
         generator: source of randomness, on the device of the draws.
 

@@ -15,6 +15,7 @@ from companion.mcmc.base import (
 from companion.mcmc.combine import CombinedInfo, cycle, mixture
 from companion.mcmc.gibbs import gibbs
 from companion.mcmc.langevin import mala, mala_step, ula, ula_step
+from companion.mcmc.mass import Mass, make_mass
 from companion.mcmc.metropolis import (
     ProposalNoise,
     independence,
@@ -30,6 +31,7 @@ __all__ = [
     "CombinedInfo",
     "GibbsState",
     "GradientState",
+    "Mass",
     "MoveInfo",
     "MoveNoise",
     "ProposalNoise",
@@ -40,6 +42,7 @@ __all__ = [
     "independence",
     "init_chains",
     "init_gradient",
+    "make_mass",
     "mala",
     "mala_step",
     "metropolis_accept",

@@ -56,7 +56,7 @@ def rejection_sampling(
     Args:
         log_prob: `log p~`, `(m, *event) -> (m,)`; minus infinity where the density is zero.
         proposal: q, a `torch.distributions` object, or one with `sample(m, *, generator)` and
-            `log_prob`. Its density must be normalised; where it has a number `.log_z` (as in
+            `log_prob`. Its density must be normalised; where it has a number `log_z` (as in
             `companion.targets`), that is subtracted.
         log_bound: log M, with `log p~(x) - log q(x) <= log M` for all x.
         num_samples: k, the number of draws wanted.

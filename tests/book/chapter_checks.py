@@ -148,7 +148,7 @@ def glue_matches_the_prose(page: Page) -> Iterator[str]:
         if role.name.startswith("glue") and role.name != "glue:text":
             yield f"{{{role.name}}}`{role.text}` shows quotes: use {{glue:text}}"
         elif role.name == "glue:text":
-            target, _, name = role.text.rpartition("::")
+            target, name = _glue_reference(role.text)
             names = _glued_at(page.path.parent / target) if target else glued
             if name not in names:
                 yield f"{{glue:text}}`{role.text}` names nothing that is glued there"
@@ -413,13 +413,19 @@ def _glued_at(path: Path) -> list[str]:
     return _glued(load(path)) if path.suffix == ".ipynb" and path.is_file() else []
 
 
+def _glue_reference(text: str) -> tuple[str, str]:
+    """Page (empty: this one) and name of a `{glue:text}`; another page's needs the format `:s`."""
+    target, _, name = text.rpartition("::")
+    return target, name.removesuffix(":s") if target else name
+
+
 @cache
 def _borrowed(root: Path, path: Path) -> set[str]:
-    """The names glued in `path` that other pages use, as `path::name`."""
+    """The names glued in `path` that other pages use, as `path::name:s`."""
     names = set()
     for other in (load(p, root) for suffix in (".ipynb", ".md") for p in page_paths(suffix, root)):
         for role in other.all("role", "glue:text"):
-            target, _, name = role.text.rpartition("::")
+            target, name = _glue_reference(role.text)
             if target and (other.path.parent / target).resolve() == path.resolve():
                 names.add(name)
     return names

@@ -398,11 +398,11 @@ def test_a_page_may_use_what_a_chapter_glues(root):
     text("This is {glue:text}`one`.", "This is {glue:text}`size`.")(notebook)
     nbformat.write(notebook, root / "book/chapter.ipynb")
     chapter = load(root / "book/chapter.ipynb", root)
-    (root / "book/page.md").write_text("It is {glue:text}`chapter.ipynb::one`.")
+    (root / "book/page.md").write_text("It is {glue:text}`chapter.ipynb::one:s`.")
     page = load(root / "book/page.md", root)
     assert list(checks.glue_matches_the_prose(page)) == []
     assert list(checks.glue_matches_the_prose(chapter)) == []
-    (root / "book/page.md").write_text("It is {glue:text}`chapter.ipynb::two`.")
+    (root / "book/page.md").write_text("It is {glue:text}`chapter.ipynb::two:s`.")
     page = load(root / "book/page.md", root)
     assert any("names nothing" in problem for problem in checks.glue_matches_the_prose(page))
 
