@@ -207,3 +207,18 @@ def test_a_failing_cell_fails_the_command(
     path = write(tmp_path / "a.ipynb", "undefined")
     assert execute.main([str(path)]) == 1
     assert "NameError" in capsys.readouterr().err
+
+
+def test_run_times_are_in_seconds_of_the_machine_of_the_yardstick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.ipynb", "x = 1")
+    clock = iter([100.0, 112.0])
+    monkeypatch.setattr(execute, "time_of_children", lambda: next(clock))
+    yardsticks = iter([2.0 * execute.YARDSTICK_SECONDS, 4.0 * execute.YARDSTICK_SECONDS])
+    monkeypatch.setattr(execute, "measure_yardstick", lambda: next(yardsticks))
+    assert execute.run(path) == 4.0  # twelve seconds on a machine three times as slow
+
+
+def test_the_yardstick_takes_processor_time() -> None:
+    assert 0.1 < execute.measure_yardstick() < 60

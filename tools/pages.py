@@ -30,6 +30,7 @@ if __name__ == "__main__":  # run as a script, the repository is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from companion.reporting import round_to_error, typeset
+from tools.execute import YARDSTICK_SECONDS
 from tools.markup import ROOT, Item, Page, load, page_paths
 
 RECORDS = "_build/ledger-records.jsonl"
@@ -165,11 +166,13 @@ def run_times_page(root: Path = ROOT) -> str:
     if never:
         raise RecordsError(f"no run time of {', '.join(never)}; run make execute")
     seconds = [chapter.notebook.metadata.companion.seconds for chapter in chapters]
-    text = """# Chapter run times
+    text = f"""# Chapter run times
 
 The processor time that each notebook took when its outputs were stored, the start of Python
-included: on one thread, that is about how long it takes on a machine with nothing else to do. A
-notebook may take a minute, and all of them twenty seconds on average.
+included, on one thread. Processors and their load differ, so it is measured against a yardstick, a
+fixed piece of work of the same kind: these are seconds of a machine that does the yardstick in
+{YARDSTICK_SECONDS} seconds, and yours may take half as long or three times as long. A notebook may
+take a minute, and all of them twenty seconds on average.
 
 | Chapter | Seconds |
 |---|---:|
