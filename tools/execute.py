@@ -141,7 +141,7 @@ x = torch.linspace(0.0, 1.0, 2000, dtype=torch.float64)
 for _ in range(20_000):
     x = torch.where(x < 0.5, x * 1.5, x - 0.25)
 """
-YARDSTICK_SECONDS = 1.2  # what it takes on the quiet machine that the budgets are meant for
+YARDSTICK_SECONDS = 2.1  # what it takes on the quiet machine that the budgets are meant for
 
 
 def measure_yardstick() -> float:
