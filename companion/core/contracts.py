@@ -104,8 +104,10 @@ class AnnealingPath(Protocol):
 
     `beta` is a number or a tensor that broadcasts over the leading dimensions. Betas ascend from 0
     to 1 and beta = 0 is exactly the base. A step never raises on a log-density of minus infinity.
-    `step` is reversible with respect to its density, or the path also offers `reverse_step`. A path
-    may offer `advance(x, beta, next_beta, *, generator) -> (x, log_weight_increment)`.
+    `step` is reversible with respect to its density, or the path also offers `reverse_step`. Two
+    operations save work where a path offers them: `profile(x)`, the log-density at x as a function
+    of beta, and `advance(x, beta, next_beta, *, generator) -> (x, log_weight_increment)`; the
+    functions of these names in `companion.tempering` do without.
     """
 
     @property
