@@ -9,6 +9,7 @@ over chains without a loop over sites. The exact answers are in `companion.targe
 and its neighbours), which also says what a bond is where a side is 1 or 2.
 """
 
+from companion.models.ising.annealing import IsingPath
 from companion.models.ising.clusters import (
     ClusterInfo,
     ClusterNoise,
@@ -24,6 +25,7 @@ __all__ = [
     "ClusterInfo",
     "ClusterNoise",
     "Ising",
+    "IsingPath",
     "WolffNoise",
     "checkerboard",
     "checkerboard_step",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,10 @@ from companion.inputs import check_count, check_finite, check_generator
 from companion.mcmc.base import GibbsState, MoveInfo
 from companion.targets.ising import MAX_WIDTH, ising_log_z, kaufman_log_z
 
-__all__ = ["Ising", "checkerboard", "checkerboard_step", "uniform"]
+if TYPE_CHECKING:
+    from companion.models.ising.annealing import IsingPath
+
+__all__ = ["Ising", "bond_sum", "checkerboard", "checkerboard_step", "uniform"]
 
 
 class Ising:
@@ -63,7 +68,7 @@ class Ising:
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p~(x)`, `(..., height, width) -> (...)`."""
         x = self._check(x)
-        return self.coupling * _bond_sum(x) + self.field * x.sum((-2, -1))
+        return self.coupling * bond_sum(x) + self.field * x.sum((-2, -1))
 
     def energy(self, x: Tensor) -> Tensor:
         """`-log p~(x)`, `(..., height, width) -> (...)`: low energy is likely."""
@@ -71,7 +76,7 @@ class Ising:
 
     def correlation(self, x: Tensor) -> Tensor:
         """The mean of `x_i x_j` over all bonds, `(..., height, width) -> (...)`."""
-        return _bond_sum(self._check(x)) / (2 * self.height * self.width)
+        return bond_sum(self._check(x)) / (2 * self.height * self.width)
 
     def magnetization(self, x: Tensor) -> Tensor:
         """The mean spin, `(..., height, width) -> (...)`."""
@@ -122,6 +127,19 @@ class Ising:
         for _ in range(num_steps):
             state, _ = kernel.step(state, generator=generator)
         return state.x
+
+    def annealing_path(self) -> IsingPath:
+        """The path from independent spins in the field to this model, with exact conditionals.
+
+        Returns:
+            An `IsingPath`: the coupling is multiplied by beta.
+
+        Raises:
+            ValueError: an odd side (see `checkerboard`), or a batch of couplings or fields.
+        """
+        from companion.models.ising.annealing import IsingPath  # which imports this module
+
+        return IsingPath(self)
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -246,7 +264,7 @@ def checkerboard(model: Ising) -> Kernel:
 # ---------------------------------------------------------------- helpers
 
 
-def _bond_sum(x: Tensor) -> Tensor:
+def bond_sum(x: Tensor) -> Tensor:
     return (x * (x.roll(-1, -1) + x.roll(-1, -2))).sum((-2, -1))
 
 

@@ -1,15 +1,9 @@
-"""The restricted Boltzmann machine with binary units.
-
-    E(v, h) = - b.v - c.h - v.W.h          p(v, h) = exp(-E(v, h)) / Z
-
-Visible units are independent given the hidden ones and the other way round, so whole layers are
-drawn at once. Summing out the hidden units gives the free energy
-`F(v) = - b.v - sum_j softplus(c_j + (v.W)_j)`, and `log_prob(v) = -F(v)` up to `log Z`.
-"""
+"""The machine: its energies, its exact partition function, and block Gibbs sampling."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +13,10 @@ from companion.core import LogZ
 from companion.inputs import check_count, check_finite, check_generator, check_real
 from companion.testing import binary_states
 
-__all__ = ["MAX_ENUMERATED", "RBM"]
+if TYPE_CHECKING:
+    from companion.models.rbm.annealing import RBMPath
+
+__all__ = ["MAX_ENUMERATED", "RBM", "bernoulli"]
 
 MAX_ENUMERATED = 25
 """Largest smaller layer whose 2^n states `RBM.log_z` sums over."""
@@ -164,13 +161,13 @@ class RBM(nn.Module):
     def sample_hidden(self, v: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """A draw of `h` given `v`, `(..., D) -> (..., H)`, zeros and ones in W's dtype."""
         check_generator(generator, self.W.device)
-        return _bernoulli(self.hidden_probs(v), generator)
+        return bernoulli(self.hidden_probs(v), generator)
 
     @torch.no_grad()
     def sample_visible(self, h: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """A draw of `v` given `h`, `(..., H) -> (..., D)`, zeros and ones in W's dtype."""
         check_generator(generator, self.W.device)
-        return _bernoulli(self.visible_probs(h), generator)
+        return bernoulli(self.visible_probs(h), generator)
 
     @torch.no_grad()
     def gibbs(
@@ -195,9 +192,29 @@ class RBM(nn.Module):
         check_generator(generator, self.W.device)
         v = self._check_units("v", v, self.num_visible)
         for _ in range(num_steps):
-            h = _bernoulli(torch.sigmoid(self.c + v @ self.W), generator)
-            v = _bernoulli(torch.sigmoid(self.b + h @ self.W.T), generator)
+            h = bernoulli(torch.sigmoid(self.c + v @ self.W), generator)
+            v = bernoulli(torch.sigmoid(self.b + h @ self.W.T), generator)
         return v
+
+    def annealing_path(self, base_bias: Tensor | None = None) -> RBMPath:
+        """The path from independent units to this machine, with exact conditionals.
+
+        Args:
+            base_bias: visible biases of the base, `(D,)`; None takes the machine's own. The
+                log-odds of the data's unit means (as `init_visible_bias` sets them) are as good a
+                start; zeros, which make the base uniform, are a much worse one.
+
+        Returns:
+            An `RBMPath`. It looks at the machine as it is at the time of each call.
+
+        >>> rbm = RBM(6, 4, generator=torch.Generator().manual_seed(0))
+        >>> path = rbm.annealing_path()
+        >>> path.step(path.sample_base(3), 0.5).shape
+        torch.Size([3, 6])
+        """
+        from companion.models.rbm.annealing import RBMPath  # which imports this module
+
+        return RBMPath(self, base_bias)
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -207,7 +224,7 @@ class RBM(nn.Module):
         """
         check_count("n", n)
         check_generator(generator, self.W.device)
-        return _bernoulli(torch.sigmoid(self.b).expand(n, -1), generator)
+        return bernoulli(torch.sigmoid(self.b).expand(n, -1), generator)
 
     # ------------------------------------------------------------ input checks
 
@@ -245,7 +262,7 @@ class RBM(nn.Module):
         return f"num_visible={self.num_visible}, num_hidden={self.num_hidden}"
 
 
-def _bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Zeros and ones with the given probabilities: three times as fast as `torch.bernoulli`."""
     noise = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=probs.dtype)
     return (noise < probs).to(probs.dtype)
