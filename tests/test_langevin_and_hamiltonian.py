@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from companion.hmc import hmc
+from companion.hmc import hmc, leapfrog
 from companion.targets import Banana, Gaussian
 
 F64 = {"dtype": torch.float64}
@@ -80,3 +80,28 @@ def test_acceptance_at_a_quarter_of_a_period(rng, ledger):
         )
         other = float(2 * scipy.stats.f.cdf(1 - e * e / 2, d, d))  # a slip in the conserved energy
         assert abs(rate.mean() - other) > 2 * Z * error
+
+
+def test_leapfrog_on_a_normal_law_of_any_frequency():
+    """Its own energy, the angle of a step, and the error of the true energy, to round-off."""
+    w, e = 2.5, 0.3
+    x, r = torch.tensor([0.8, -1.1], **F64), torch.tensor([-0.4, 1.7], **F64)
+
+    def log_prob(x: Tensor) -> Tensor:
+        return -0.5 * w * w * x.square()
+
+    def own(x: Tensor, r: Tensor) -> Tensor:
+        return 0.5 * r.square() + 0.5 * w * w * (1 - (e * w) ** 2 / 4) * x.square()
+
+    end = leapfrog(log_prob, x, r, -w * w * x, e, 37)
+    torch.testing.assert_close(own(end.x, end.p), own(x, r))
+    error = 0.5 * (end.p.square() - r.square()) + 0.5 * w * w * (end.x.square() - x.square())
+    torch.testing.assert_close(error, e * e * w**4 / 8 * (end.x.square() - x.square()))
+    assert (error - e * e * w * w / 8 * (end.x.square() - x.square())).abs().min() > 1e-3
+    root = w * math.sqrt(1 - (e * w) ** 2 / 4)
+    turn = 37 * math.acos(1 - (e * w) ** 2 / 2)
+    torch.testing.assert_close(end.x, math.cos(turn) * x + math.sin(turn) / root * r)
+    # At e = 2 / w an orbit grows steadily, beyond it like a power; only r = 0 stays at the limit.
+    edge = leapfrog(log_prob, x, r, -w * w * x, 2 / w, 1000)
+    torch.testing.assert_close(edge.x.abs(), (x - 1000 * 2 / w * r).abs())
+    assert leapfrog(log_prob, x, r, -w * w * x, 2.1 / w, 200).x.abs().min() > 1e6
