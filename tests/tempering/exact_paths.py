@@ -12,6 +12,8 @@ from companion.mcmc import GibbsState, MoveInfo
 from companion.targets import Gaussian
 from companion.tempering import GeometricPath
 
+F64 = torch.float64
+
 
 def natural(base: Gaussian, target: Gaussian, beta: Tensor | float) -> tuple[Tensor, Tensor]:
     """Precision `(..., d, d)` and precision times mean `(..., d)` of the normal law at beta."""
@@ -67,3 +69,51 @@ def exact_kernel(base: Gaussian, target: Gaussian):
 def exact_path(base: Gaussian, target: Gaussian) -> GeometricPath:
     """The path from one normal law to another whose steps are independent exact draws."""
     return GeometricPath(base, target, exact_kernel(base, target))
+
+
+class ExactGaussians:
+    """Between two normal laws with independent coordinates; unnormalised, both.
+
+    A step is `x -> mu + rho (x - mu) + sqrt(1 - rho^2) sigma z` with the mean and the standard
+    deviation at beta: an exact independent draw for `rho = 0`, a slow reversible kernel near 1.
+    """
+
+    def __init__(self, mean0, sd0, mean1, sd1, *, rho=0.0, dtype=F64, device="cpu"):
+        ends = [torch.as_tensor(a, dtype=F64, device=device) for a in (mean0, sd0, mean1, sd1)]
+        self.mean0, self.sd0, self.mean1, self.sd1 = ends
+        self.rho, self.dtype, self.device = rho, dtype, torch.device(device)
+        self.base_log_z = self.log_z(0.0)
+
+    def moments(self, beta) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation at beta, `(*beta.shape, d)`."""
+        beta = torch.as_tensor(beta, dtype=F64, device=self.device)[..., None]
+        p0, p1 = (1.0 - beta) / self.sd0.square(), beta / self.sd1.square()
+        return (p0 * self.mean0 + p1 * self.mean1) / (p0 + p1), (p0 + p1).rsqrt()
+
+    def log_z(self, beta) -> Tensor:
+        mean, sd = self.moments(beta)
+        beta = torch.as_tensor(beta, dtype=F64, device=self.device)[..., None]
+        squares = (1.0 - beta) * (self.mean0 / self.sd0).square()
+        squares = squares + beta * (self.mean1 / self.sd1).square() - (mean / sd).square()
+        return (sd.log() + 0.5 * math.log(2.0 * math.pi) - 0.5 * squares).sum(-1)
+
+    def sample(self, n: int, beta, *, generator=None) -> Tensor:
+        """Exact draws at beta, `(n, d)`; a tensor of betas has n entries."""
+        mean, sd = self.moments(beta)
+        like = {"dtype": F64, "device": self.device, "generator": generator}
+        return (mean + sd * torch.randn(n, len(self.sd0), **like)).to(self.dtype)
+
+    def sample_base(self, n: int, *, generator=None) -> Tensor:
+        return self.sample(n, 0.0, generator=generator)
+
+    def log_prob(self, x: Tensor, beta) -> Tensor:
+        beta = torch.as_tensor(beta, dtype=F64, device=self.device)
+        base = -0.5 * ((x - self.mean0) / self.sd0).square().sum(-1)
+        target = -0.5 * ((x - self.mean1) / self.sd1).square().sum(-1)
+        return ((1.0 - beta) * base + beta * target).to(x.dtype)
+
+    def step(self, x: Tensor, beta, *, generator=None) -> Tensor:
+        mean, sd = self.moments(beta)
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        moved = mean + self.rho * (x - mean) + math.sqrt(1.0 - self.rho**2) * sd * noise
+        return moved.to(x.dtype)
