@@ -286,8 +286,6 @@ class _Base:
         )
         # A point of the support: torch.distributions raise on points outside of it.
         self.inside = draw(base, 1, generator=_generator_for(base))[0]
-        if hasattr(base, "value_and_grad"):
-            self.value_and_grad = base.value_and_grad
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.support is None:
@@ -295,6 +293,14 @@ class _Base:
         inside = cast(Tensor, self.support.check(x))
         value = self.base.log_prob(torch.where(expand(inside, x), x, self.inside))
         return torch.where(inside, value, -torch.inf)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if hasattr(self.base, "value_and_grad"):
+            return cast(tuple[Tensor, Tensor], self.base.value_and_grad(x))
+        with torch.enable_grad():
+            if not self(x.detach().requires_grad_()).requires_grad:  # it is flat: a uniform law
+                return self(x), torch.zeros_like(x)
+        return value_and_grad(self.__call__, x)
 
 
 def _generator_for(base: Any) -> torch.Generator:
