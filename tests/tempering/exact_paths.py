@@ -117,3 +117,46 @@ class ExactGaussians:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         moved = mean + self.rho * (x - mean) + math.sqrt(1.0 - self.rho**2) * sd * noise
         return moved.to(x.dtype)
+
+
+class Ring:
+    """A path on the states 0, ..., m - 1 of a ring, from one table of log-densities to another.
+
+    A step goes forward with probability `min p / p(x)`, or stays: as much flows into every state
+    as out of it. It is as far from reversible as can be; its reversal goes backward.
+    """
+
+    def __init__(self, base, target, *, device="cpu"):
+        ends = [torch.as_tensor(table, dtype=F64, device=device) for table in (base, target)]
+        self.base, self.target = ends
+        self.base_log_z = self.base.logsumexp(0)
+
+    def table(self, beta) -> Tensor:
+        """Log-density of all states, `(*beta.shape, m)`."""
+        beta = torch.as_tensor(beta, dtype=F64, device=self.base.device)[..., None]
+        return (1.0 - beta) * self.base + beta * self.target
+
+    def law(self, beta) -> Tensor:
+        return self.table(beta).softmax(-1)
+
+    def log_z(self, beta) -> Tensor:
+        return self.table(beta).logsumexp(-1)
+
+    def sample_base(self, n: int, *, generator=None) -> Tensor:
+        return torch.multinomial(self.law(0.0), n, True, generator=generator)
+
+    def log_prob(self, x: Tensor, beta) -> Tensor:
+        beta = torch.as_tensor(beta, dtype=F64, device=self.base.device)
+        return (1.0 - beta) * self.base[x] + beta * self.target[x]
+
+    def _move(self, x: Tensor, beta, by: int, generator) -> Tensor:
+        p = self.law(torch.as_tensor(beta, dtype=F64, device=x.device).expand(x.shape))
+        moves = p.min(-1).values / p.gather(-1, x[..., None])[..., 0]
+        u = torch.rand(x.shape, dtype=F64, device=x.device, generator=generator)
+        return torch.where(u < moves, (x + by) % len(self.base), x)
+
+    def step(self, x: Tensor, beta, *, generator=None) -> Tensor:
+        return self._move(x, beta, 1, generator)
+
+    def reverse_step(self, x: Tensor, beta, *, generator=None) -> Tensor:
+        return self._move(x, beta, -1, generator)
