@@ -109,7 +109,7 @@ def tune_ladder(
         if acceptance is not None:
             num = max(1, round(float(barrier[-1]) / (1.0 - acceptance)))
         parts = torch.linspace(0.0, float(barrier[-1]), num + 1, dtype=torch.float64, device="cpu")
-        cut = torch.as_tensor(PchipInterpolator(barrier.numpy(), betas.numpy())(parts.numpy()))
+        cut = torch.from_numpy(PchipInterpolator(barrier.numpy(), betas.numpy())(parts.numpy()))
         # Each rung goes on with the points of the old rung as far up the ladder.
         origin = torch.linspace(0, len(betas) - 1, num + 1, device=run.x.device).round().long()
         x = run.x[origin]

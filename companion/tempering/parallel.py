@@ -256,7 +256,9 @@ def swap_step(levels: Tensor, active: Tensor, uniform: Tensor) -> tuple[Tensor, 
     >>> order, info.accept_prob                                   # exp(-1 - 2) and exp(-3 - 9)
     (tensor([1, 0, 2]), tensor([4.9787e-02, 6.1442e-06]))
     """
-    below, own, above = levels
+    # A point of zero density at its own rung is no state of the product law: it may sink towards
+    # the base, where points are drawn anew. The difference of two infinities would hold it fast.
+    below, own, above = levels.clamp(min=-1e300)
     info = metropolis_accept(above[:-1] - own[:-1] + below[1:] - own[1:], uniform)
     accepted = info.accepted & active
     end = accepted.new_zeros((1, *accepted.shape[1:]), dtype=torch.long)

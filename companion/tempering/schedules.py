@@ -100,7 +100,7 @@ def check_betas(
     Raises:
         ValueError: betas that do not.
     """
-    betas = torch.as_tensor(betas, dtype=torch.float64).detach().to(device)
+    betas = torch.as_tensor(betas, dtype=torch.float64, device=device).detach()
     check_finite("betas", betas)
     start = "from 0" if from_zero else "from 0 or above"
     if betas.ndim != 1 or len(betas) < 1 + from_zero:
