@@ -28,12 +28,7 @@ def lineage(ancestors: Tensor) -> Tensor:
             [1, 2, 2],
             [0, 1, 2]])
     """
-    integers = not (ancestors.is_floating_point() or ancestors.is_complex())
-    if not integers or ancestors.ndim < 2 or ancestors.numel() == 0:
-        raise ValueError(
-            "ancestors must be integers (stages, n, *batch), got "
-            f"{tuple(ancestors.shape)} of {ancestors.dtype}"
-        )
+    _check_integers("ancestors", ancestors)
     n = ancestors.shape[1]
     if ancestors.min() < 0 or ancestors.max() >= n:
         raise ValueError(
@@ -60,10 +55,21 @@ def num_ancestors(lines: Tensor) -> Tensor:
     Returns:
         `(stages + 1, *batch)`, int64; it never falls from one generation to the next.
 
+    Raises:
+        ValueError: lines that are no integers of that shape.
+
     Reference: Kingman (1982), *The coalescent*.
 
     >>> num_ancestors(lineage(torch.tensor([[0, 0, 1], [1, 2, 2]])))
     tensor([2, 2, 3])
     """
+    _check_integers("lines", lines)
     ordered = lines.sort(1).values
     return 1 + (ordered.diff(dim=1) != 0).sum(1)
+
+
+def _check_integers(name: str, x: Tensor) -> None:
+    if x.is_floating_point() or x.is_complex() or x.ndim < 2 or x.numel() == 0:
+        raise ValueError(
+            f"{name} must be integers (stages, n, *batch), got {tuple(x.shape)} of {x.dtype}"
+        )

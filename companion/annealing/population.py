@@ -53,7 +53,7 @@ def stages(
     while beta < 1.0:
         at = profile(path, x)
         new = next_beta(at, beta, log_weights)
-        log_weights = log_weights + _increment(at, beta, new)
+        log_weights = log_weights + _increment(at(beta), at(new))
         total = log_weights.logsumexp(0)
         if not -math.inf < float(total.max()) < math.inf:
             raise ValueError(_what_is_wrong(log_weights, new))
@@ -73,9 +73,8 @@ def stages(
         beta = new
 
 
-def _increment(at: Profile, beta: float, new: float) -> Tensor:
+def _increment(before: Tensor, after: Tensor) -> Tensor:
     """What the log weights gain; a particle of density zero stays at weight zero."""
-    before, after = at(beta), at(new)
     return torch.where(before == -math.inf, before, after - before)
 
 
@@ -95,10 +94,11 @@ def _what_is_wrong(log_weights: Tensor, beta: float) -> str:
 
 
 def conditional_ess_beta(at: Profile, beta: float, log_weights: Tensor, target: float) -> float:
-    """The beta of the given conditional effective sample size (its logarithm to 0.1 %), or 1."""
+    """By bisection, the beta of the given conditional effective sample size, as a share, or 1."""
+    before = at(beta)
 
     def log_share(new: float) -> float:
-        increment = _increment(at, beta, new)
+        increment = _increment(before, at(new))
         mean = (log_weights + increment).logsumexp(0)
         square = (log_weights + 2.0 * increment).logsumexp(0)
         alive = log_weights.where(increment > -math.inf, -math.inf).logsumexp(0)
@@ -111,8 +111,5 @@ def conditional_ess_beta(at: Profile, beta: float, log_weights: Tensor, target: 
         if abs(found - goal) < -1e-3 * goal or (new == 1.0 and found > goal):
             return new
         low, high = (new, high) if found > goal else (low, new)
-        # For a small step the logarithm falls as its square; where that leads out, halve.
-        new = beta + (new - beta) * math.sqrt(goal / min(found, -1e-12))
-        if not low < new < high:
-            new = 0.5 * (low + high)
+        new = 0.5 * (low + high)
     return high

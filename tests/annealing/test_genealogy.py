@@ -93,6 +93,8 @@ def test_ancestors_that_are_none_are_refused():
         lineage(torch.tensor([[0, 1, 3]]))
     with pytest.raises(ValueError, match="got -1 to 1"):
         lineage(torch.tensor([[0, 1, -1]]))
+    with pytest.raises(ValueError, match="lines must be integers"):
+        num_ancestors(torch.zeros(3, dtype=torch.long))
 
 
 def test_a_genealogy_stays_on_the_device_of_its_input():
