@@ -47,8 +47,8 @@ class ParallelTempering:
 
     Attributes:
         trace: the draws at beta = 1. Its `accept_prob` is the share of the iterations in which the
-            point there changed, by a move or a swap; its `num_nan` counts the points of all
-            replicas whose log-density was NaN at their own beta or at a neighbouring one.
+            point there changed, by a move or a swap; its `num_nan` counts the swaps, of all pairs
+            as below, whose log-densities were NaN.
         betas: the ladder, `(R,)`, float64.
         swap_prob: mean probability of a swap between rungs i and i + 1, `(R - 1,)`, float64: the
             average over all chains and iterations, also those in which it was not this pair's turn.
@@ -125,7 +125,7 @@ def parallel_tempering(
         TypeError: an `x0` of another dtype than the base's draws.
 
     Warns:
-        UserWarning: log-densities that were NaN. Such a swap is rejected.
+        UserWarning: swaps whose log-densities were NaN. They are rejected.
 
     Reference: Geyer (1991), *Markov chain Monte Carlo maximum likelihood*; Okabe, Kawata, Okamoto
     and Mikami (2001), *Replica-exchange Monte Carlo method for the isobaric-isothermal ensemble*,
@@ -201,7 +201,7 @@ def parallel_tempering(
             continue
         round_trips += returned
         num_moved += (x[-1] != last).reshape(num_chains, -1).any(1)
-        num_nan += levels.isnan().any(0).sum(0)
+        num_nan += info.is_nan.sum(0)
         swap_prob += info.accept_prob
         log_ratio = torch.logaddexp(log_ratio, _log_weights(levels))
         draw, remainder = divmod(i, thin)
@@ -212,7 +212,7 @@ def parallel_tempering(
 
     if num_nan.any():
         warnings.warn(
-            f"{int(num_nan.sum())} points had a NaN log-density and were not swapped "
+            f"{int(num_nan.sum())} swaps met a NaN log-density and were rejected "
             f"(in {int((num_nan > 0).sum())} of {num_chains} chains)",
             stacklevel=3,  # seen from the caller of the decorated function
         )

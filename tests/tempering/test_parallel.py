@@ -565,7 +565,7 @@ def test_nan_is_never_swapped_and_is_counted(rng, device):
     base = Normal(torch.tensor(0.0, dtype=F64, device=device), 2.0)
     path = GeometricPath(base, log_prob, lambda density: random_walk(density, 1.0))
     x0 = torch.zeros(50, dtype=F64, device=device)
-    with pytest.warns(UserWarning, match=r"points had a NaN log-density .*in 50 of 50 chains"):
+    with pytest.warns(UserWarning, match=r"swaps met a NaN log-density .*in 50 of 50 chains"):
         run = parallel_tempering(
             path, [0.0, 0.4, 1.0], 100, num_chains=50, x0=x0, generator=rng(0, device)
         )
