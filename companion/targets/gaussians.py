@@ -98,14 +98,17 @@ class GaussianMixture(Target):
         self.covariance = within + (share * spread).T @ spread
 
     def _components(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`log w_k N(x; mu_k, Sigma_k)`, `(..., k)`, and `Sigma_k^-1 (x - mu_k)`, `(..., k, d)`."""
-        centred = self._check(x)[..., None, :] - self.means
-        pull = torch.einsum("...ki,kij->...kj", centred, self._precisions)
-        return self._log_norms - 0.5 * (pull * centred).sum(-1), pull
+        """`log w_k N(x; mu_k, Sigma_k)`, `(k, n)`, and `Sigma_k^-1 (x - mu_k)`, `(k, n, d)`.
+
+        n points in all, in one row; components come first, as one batch of products.
+        """
+        centred = self._check(x).reshape(-1, len(self.mean)) - self.means[:, None]
+        pull = centred @ self._precisions
+        return self._log_norms[:, None] - 0.5 * (pull * centred).sum(-1), pull
 
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p~(x)`, `(..., d) -> (...)`."""
-        return self._components(x)[0].logsumexp(-1)
+        return _log_sum_exp(self._components(x)[0]).reshape(x.shape[:-1])
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log p~(x)`, `(...)`, and its gradient, `(..., d)`.
@@ -114,17 +117,30 @@ class GaussianMixture(Target):
         `grad = -sum_k r_k Sigma_k^-1 (x - mu_k)`.
         """
         log_parts, pull = self._components(x)
-        return log_parts.logsumexp(-1), -(log_parts.softmax(-1)[..., None] * pull).sum(-2)
+        value = _log_sum_exp(log_parts)
+        share = (log_parts - value).clamp(min=_NEGLIGIBLE).exp()
+        return value.reshape(x.shape[:-1]), -(share[..., None] * pull).sum(0).reshape(x.shape)
 
     def mode_of(self, x: Tensor) -> Tensor:
         """The component that most probably made each point, `(..., d) -> (...)`, integers."""
-        return self._components(x)[0].argmax(-1)
+        return self._components(x)[0].argmax(0).reshape(x.shape[:-1])
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """`n` exact draws, `(n, d)`."""
         noise = self._noise(n, generator)
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.means[label] + (self._factors[label] @ noise[:, :, None])[:, :, 0]
+
+
+_NEGLIGIBLE = -80.0
+"""A logarithm below which a part of a sum of order 1 is lost to rounding. `exp` takes up to ten
+times as long where it underflows, as the parts of far components do."""
+
+
+def _log_sum_exp(log_parts: Tensor) -> Tensor:
+    """`log_parts.logsumexp(0)` of finite numbers, fast where most of them are very small."""
+    largest = log_parts.amax(0)
+    return (log_parts - largest).clamp(min=_NEGLIGIBLE).exp().sum(0).log() + largest
 
 
 def _gaussian_log_z(factor: Tensor) -> Tensor:
