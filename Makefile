@@ -69,7 +69,7 @@ test: lint unit
 	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/book/sanitize.cfg book
 	@rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -q -W -n --keep-going
-	$(BIN)/python -m pytest tests/site
+	$(BIN)/python -m pytest -n 2 tests/site
 
 execute: $(READY)
 	@$(BIN)/python tools/execute.py $(if $(ALL),--all)
