@@ -593,7 +593,7 @@ def test_the_parts_of_a_result_fit_each_other(rng):
     assert not torch.equal(found.eve.reshape(m, n).T, swapped + n * torch.arange(m))
     shares = torch.zeros(n * m, dtype=F64).index_add_(0, found.eve, found.log_weights.softmax(0))
     torch.testing.assert_close(found.log_z.ess, 1 / shares.square().sum())
-    assert smc(path_of("walk"), n, betas=BETAS, generator=rng(23)).ancestors is None
+    assert smc(path_of("walk"), 500, betas=BETAS, generator=rng(23)).ancestors is None
 
 
 def test_the_effective_sample_sizes_are_those_of_the_weights(rng):
