@@ -74,6 +74,17 @@ def test_paths_lead_from_their_base_to_the_model(rng, device, name, ledger):
     torch.testing.assert_close(probs, product)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_machine_without_a_base_bias_has_its_energy_tempered(rng, device, beta):
+    path, states = path_and_states("rbm", rng, device)
+    hidden = binary_states(3, device=device, dtype=F64)
+    pairs = states[:, None].expand(-1, len(hidden), -1), hidden.expand(len(states), -1, -1)
+    exact = (-beta * path.rbm.energy(*pairs)).logsumexp(1).detach()
+    torch.testing.assert_close(path.log_prob(states, beta), exact)
+    if beta == 0.3:  # beta times the free energy is another law
+        assert (beta * path.rbm.log_prob(states) - exact).detach().std() > 0.1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_base_draws_follow_the_base(rng, device, name):
     path, states = path_and_states(name, rng, device)

@@ -1,13 +1,15 @@
-"""The machine's annealing path: its weights are turned on step by step.
+"""The machine's annealing path: its energy is turned on step by step.
 
-    log p~_beta(v) = ((1 - beta) a + beta b).v + sum_j softplus(c_j + beta (v.W)_j)
+    E_beta(v, h) = beta E(v, h) - (1 - beta) a.v
+    log p~_beta(v) = ((1 - beta) a + beta b).v + sum_j softplus(beta (c_j + (v.W)_j))
 
 At beta = 0 the units are independent, with visible biases a; at beta = 1 this is the machine. At
-every beta it is a machine with weights beta W, so its conditionals are as exact.
+every beta it is a machine, with weights beta W, so its conditionals are as exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,13 +31,13 @@ class RBMPath:
 
     Args:
         rbm: the machine.
-        base_bias: a, `(D,)`, or None for the machine's own b.
+        base_bias: a, `(D,)`; None for zeros.
 
     Raises:
         ValueError, TypeError: a bias of the wrong shape, dtype or device, or not finite.
 
     Reference: Salakhutdinov and Murray (2008), *On the quantitative analysis of deep belief
-    networks* (there the hidden biases are turned on, too).
+    networks*.
     """
 
     def __init__(self, rbm: RBM, base_bias: Tensor | None = None) -> None:
@@ -52,12 +54,12 @@ class RBMPath:
 
     @property
     def base_log_z(self) -> Tensor:
-        """Log Z at beta = 0, `sum_i softplus(a_i) + sum_j softplus(c_j)`, float64."""
-        return softplus(self._a.double()).sum() + softplus(self.rbm.c.detach().double()).sum()
+        """Log Z at beta = 0, `sum_i softplus(a_i) + num_hidden log 2`, float64."""
+        return softplus(self._a.double()).sum() + self.rbm.num_hidden * math.log(2.0)
 
     @property
     def _a(self) -> Tensor:
-        return self.rbm.b.detach() if self.base_bias is None else self.base_bias
+        return torch.zeros_like(self.rbm.b) if self.base_bias is None else self.base_bias
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -72,13 +74,13 @@ class RBMPath:
         v = self._check(v)
         beta, rbm = _of_units(beta, v), self.rbm
         visible = (v * _mix(self._a, rbm.b, beta)).sum(-1)
-        return visible + softplus(rbm.c + beta * (v @ rbm.W)).sum(-1)
+        return visible + softplus(beta * (rbm.c + v @ rbm.W)).sum(-1)
 
     @torch.no_grad()
     def profile(self, v: Tensor) -> Callable[[Tensor | float], Tensor]:
         """The log-density at `v` as a function of beta, in float64: one product with W."""
         v = self._check(v)
-        return self._profile(v, v @ self.rbm.W)
+        return self._profile(v, self.rbm.c + v @ self.rbm.W)
 
     @torch.no_grad()
     def step(
@@ -87,7 +89,7 @@ class RBMPath:
         """A sweep of block Gibbs sampling at `beta`, `(..., D) -> (..., D)`."""
         check_generator(generator, self.rbm.W.device)
         v = self._check(v)
-        return self._sweep(v @ self.rbm.W, _of_units(beta, v), generator)
+        return self._sweep(self.rbm.c + v @ self.rbm.W, _of_units(beta, v), generator)
 
     @torch.no_grad()
     def advance(
@@ -101,7 +103,7 @@ class RBMPath:
         """Weigh and move, as `companion.tempering.advance` does, with two products in all."""
         check_generator(generator, self.rbm.W.device)
         v = self._check(v)
-        inputs = v @ self.rbm.W
+        inputs = self.rbm.c + v @ self.rbm.W
         at = self._profile(v, inputs)
         increment = at(next_beta) - at(beta)
         return self._sweep(inputs, _of_units(next_beta, v), generator), increment
@@ -110,13 +112,13 @@ class RBMPath:
         return self.rbm._check_units("v", v, self.rbm.num_visible)
 
     def _profile(self, v: Tensor, inputs: Tensor) -> Callable[[Tensor | float], Tensor]:
-        # detached copies of the inputs, in float64: weights are differences between close betas
-        inputs, c = inputs.detach().double(), self.rbm.c.detach().double()
+        # float64: log weights are differences between close betas
+        inputs = inputs.detach().double()
         start, end = (v @ bias.detach() for bias in (self._a, self.rbm.b))
         start, end = start.double(), end.double()
 
         def at(beta: Tensor | float) -> Tensor:
-            hidden = softplus(c + _of_units(beta, inputs) * inputs).sum(-1)
+            hidden = softplus(_of_units(beta, inputs) * inputs).sum(-1)
             return _mix(start, end, beta if isinstance(beta, Tensor) else float(beta)) + hidden
 
         return at
@@ -125,7 +127,7 @@ class RBMPath:
         self, inputs: Tensor, beta: Tensor | float, generator: torch.Generator | None
     ) -> Tensor:
         rbm = self.rbm
-        h = bernoulli(torch.sigmoid(rbm.c + beta * inputs), generator)
+        h = bernoulli(torch.sigmoid(beta * inputs), generator)
         bias = _mix(self._a, rbm.b, beta)
         return bernoulli(torch.sigmoid(bias + beta * (h @ rbm.W.T)), generator)
 

@@ -200,9 +200,10 @@ class RBM(nn.Module):
         """The path from independent units to this machine, with exact conditionals.
 
         Args:
-            base_bias: visible biases of the base, `(D,)`; None takes the machine's own. The
-                log-odds of the data's unit means (as `init_visible_bias` sets them) are as good a
-                start; zeros, which make the base uniform, are a much worse one.
+            base_bias: visible biases of the base, `(D,)`. None takes zeros: the path then only
+                tempers the energy. To estimate log Z of a machine that has learned data, the
+                log-odds of the data's unit means are a better start (`init_visible_bias` computes
+                them).
 
         Returns:
             An `RBMPath`. It looks at the machine as it is at the time of each call.
