@@ -134,8 +134,9 @@ def smc(
       from first draw e, and R resamplings, the relative variance of the estimate of Z is estimated
       by `1 - (N / (N - 1))^(R + 1) (1 - sum_e s_e^2)` for multinomial resampling; times the square
       of the estimate, this is unbiased. For the other schemes it is `N / (N - 1) (sum_e s_e^2 -
-      1 / N)`, the variance as if families were independent: somewhat too large, since they compete
-      for their places.
+      1 / N)`, the variance as if families were independent. They compete for their places, so this
+      is cautious: where the moves forget everything the standard error is a seventh too large with
+      systematic resampling and a third with residual; where they mix badly, about right.
 
     It never exceeds 1, however far off the estimate is. A warning says when all particles descend
     from effectively fewer than ten of the first draws: then it says nothing.
