@@ -258,7 +258,7 @@ def swap_step(levels: Tensor, active: Tensor, uniform: Tensor) -> tuple[Tensor, 
     """
     # A point of zero density at its own rung is no state of the product law: it may sink towards
     # the base, where points are drawn anew. The difference of two infinities would hold it fast.
-    below, own, above = levels.clamp(min=-1e300)
+    below, own, above = levels.clamp(min=0.25 * torch.finfo(levels.dtype).min)
     info = metropolis_accept(above[:-1] - own[:-1] + below[1:] - own[1:], uniform)
     accepted = info.accepted & active
     end = accepted.new_zeros((1, *accepted.shape[1:]), dtype=torch.long)
