@@ -140,10 +140,15 @@ def bench_hmc(name: str, target, log_prob, step_size: float, chains: int, steps:
     autograd = ByAutograd(target)
     kernels = {
         "companion": hmc(target, step_size, NUM_LEAPFROG),
-        "companion, compile=True": hmc(target, step_size, NUM_LEAPFROG, compile=True),
         "companion, autograd": hmc(autograd, step_size, NUM_LEAPFROG),
-        "companion, autograd, compile=True": hmc(autograd, step_size, NUM_LEAPFROG, compile=True),
     }
+    # The compiler takes up to a minute for each: only where it is most likely to pay.
+    if chains != 100:
+        kernels["companion, compile=True"] = hmc(target, step_size, NUM_LEAPFROG, compile=True)
+    if chains == 1000:
+        kernels["companion, autograd, compile=True"] = hmc(
+            autograd, step_size, NUM_LEAPFROG, compile=True
+        )
     runs = {"matrix products alone": products(target, x0, gradients)}
     runs |= {key: ours(kernel, x0, steps) for key, kernel in kernels.items()}
     runs |= {"BlackJAX": in_blackjax(peer, x0, steps), "NumPyro": in_numpyro(other, x0, steps)}
