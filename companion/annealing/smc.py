@@ -32,6 +32,7 @@ from companion.inputs import check_count, check_generator, check_real
 from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate
 from companion.monte_carlo.estimates import evaluate
+from companion.tempering.paths import check_path
 from companion.tempering.schedules import check_betas
 
 __all__ = ["SMCResult", "adaptive_schedule", "smc"]
@@ -135,7 +136,7 @@ def smc(
       by `1 - (N / (N - 1))^(R + 1) (1 - sum_e s_e^2)` for multinomial resampling; times the square
       of the estimate, this is unbiased. For the other schemes it is `N / (N - 1) (sum_e s_e^2 -
       1 / N)`, the variance as if families were independent. They compete for their places, so this
-      is cautious: where the moves forget everything the standard error is a seventh too large with
+      is cautious: where the moves forget everything the standard error is a tenth too large with
       systematic resampling and a third with residual; where they mix badly, about right.
 
     It never exceeds 1, however far off the estimate is. A warning says when all particles descend
@@ -326,8 +327,7 @@ def _check(
     num_moves: int,
     generator: torch.Generator | None,
 ) -> None:
-    if not isinstance(path, AnnealingPath):
-        raise TypeError(f"path must be an AnnealingPath, got {type(path).__name__}")
+    check_path(path)
     check_count("num_particles", num_particles, minimum=2)
     check_count("num_moves", num_moves, minimum=0)
     if not 0.0 <= check_real("ess_threshold", ess_threshold) <= 1.0:
