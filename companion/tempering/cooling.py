@@ -16,8 +16,8 @@ from torch import Tensor
 from companion.core import AnnealingPath
 from companion.inputs import check_count
 from companion.mcmc.base import expand
+from companion.tempering.paths import start
 from companion.tempering.schedules import check_betas
-from companion.tempering.simulated import start_chains
 
 __all__ = ["Annealed", "simulated_annealing"]
 
@@ -81,7 +81,7 @@ def simulated_annealing(
     Raises:
         ValueError: a count out of range, betas that do not ascend to 1, an `x0` of another shape or
             not finite, a generator on another device.
-        TypeError: an `x0` of another dtype than the base's draws.
+        TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Reference: Kirkpatrick, Gelatt and Vecchi (1983), *Optimization by simulated annealing*; Geman
     and Geman (1984), *Stochastic relaxation, Gibbs distributions, and the Bayesian restoration of
@@ -103,7 +103,7 @@ def simulated_annealing(
 
     check_count("num_chains", num_chains)
     temperatures = check_betas(betas, torch.device("cpu")).tolist()
-    x = start_chains(path, num_chains, x0, generator)
+    x = start(path, (num_chains,), x0, generator)
     best, highest = x, _or_nothing(path.log_prob(x, 1.0))
     for beta in tqdm(temperatures, disable=not progress):
         x = path.step(x, beta, generator=generator)

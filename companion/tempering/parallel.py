@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from companion.core import AnnealingPath, LogZ, Trace
-from companion.inputs import check_count, check_finite, check_generator
+from companion.inputs import check_count
 from companion.mcmc.base import MoveInfo, expand, metropolis_accept
-from companion.tempering.paths import profile
+from companion.tempering.paths import profile, start
 from companion.tempering.schedules import check_betas
 
 __all__ = ["ParallelTempering", "parallel_tempering", "swap_step"]
@@ -122,7 +122,7 @@ def parallel_tempering(
     Raises:
         ValueError: a count out of range, betas that do not ascend to 1, an unknown `swaps`, an `x0`
             of another shape or with NaN, a generator on another device.
-        TypeError: an `x0` of another dtype than the base's draws.
+        TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Warns:
         UserWarning: swaps whose log-densities were NaN. They are rejected.
@@ -159,7 +159,7 @@ def parallel_tempering(
     if num_rungs < 2:
         raise ValueError("betas must have at least two rungs to swap between, got 1")
     from_base = float(betas[0]) == 0.0
-    x = _start(path, num_rungs, num_chains, x0, generator)
+    x = start(path, (num_rungs, num_chains), x0, generator)
     betas = betas.to(x.device)
     rows = betas[:, None]
     # Of each rung the one below, itself and the one above (at the ends itself once more).
@@ -290,28 +290,3 @@ def _log_z(path: AnnealingPath, log_ratios: Tensor) -> LogZ:
         return LogZ(value, torch.nan)
     influence = (log_ratios - log_ratio[:, None]).expm1().sum(0)
     return LogZ(value, influence.std() / math.sqrt(num_chains))
-
-
-def _start(
-    path: AnnealingPath,
-    num_rungs: int,
-    num_chains: int,
-    x0: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The replicas' first points, `(R, chains, *event)`."""
-    if x0 is None:
-        x = path.sample_base(num_rungs * num_chains, generator=generator)
-        return x.reshape(num_rungs, num_chains, *x.shape[1:])
-    check_finite("x0", x0)
-    check_generator(generator, x0.device)
-    base = path.sample_base(1, generator=generator)
-    chains = (num_chains, *base.shape[1:])
-    if x0.shape not in (chains, (num_rungs, *chains)):
-        raise ValueError(
-            f"x0 must be (chains, *event), {chains}, or (R, chains, *event), "
-            f"{(num_rungs, *chains)}; got {tuple(x0.shape)}"
-        )
-    if x0.dtype != base.dtype:
-        raise TypeError(f"x0 must be {base.dtype} as the draws of the base, got {x0.dtype}")
-    return x0.detach().expand(num_rungs, *chains)

@@ -8,6 +8,7 @@ densities and any Markov kernel; models with exact conditionals have paths of th
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from companion.core import AnnealingPath, Kernel, LogProb, LogZ, value_and_grad
-from companion.inputs import Sampler, check_count, draw
+from companion.inputs import Sampler, check_count, check_finite, check_generator, draw
 from companion.mcmc.base import expand
 
 __all__ = ["GeometricPath", "advance", "likelihood_path", "profile", "reverse_step"]
@@ -28,8 +29,9 @@ class GeometricPath:
         log p~_beta(x) = (1 - beta) log base(x) + beta log_prob(x),      0 <= beta <= 1
 
     At beta = 0 this is exactly the base and at beta = 1 exactly the target, also where the other
-    one is zero. Only the density is tempered: what a kernel proposes, and the momentum of a
-    Hamiltonian one, stay as they are.
+    one is zero. The base must be positive wherever the target is: what it leaves out is missing in
+    every estimate of log Z by weights. Only the density is tempered: what a kernel proposes, and
+    the momentum of a Hamiltonian one, stay as they are.
 
     A step makes `num_steps` steps of the kernel and costs one evaluation of both densities more
     than these. A point whose density is zero (log-density minus infinity) raises nothing: it
@@ -102,6 +104,7 @@ class GeometricPath:
 
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """`n` exact draws from the base, `(n, *event)`."""
+        check_generator(generator, self._base.inside.device)
         return draw(self.base, n, generator=generator)
 
     def log_prob(self, x: Tensor, beta: Tensor | float) -> Tensor:
@@ -254,6 +257,41 @@ def advance(
     before, after = at(beta), at(next_beta)
     increment = torch.where(before == -torch.inf, before, after - before)
     return path.step(x, next_beta, generator=generator), increment
+
+
+# ---------------------------------------------------------------- how a run begins
+
+
+def check_path(path: AnnealingPath) -> None:
+    """Raise unless `path` has what an `AnnealingPath` must have."""
+    if not isinstance(path, AnnealingPath):
+        raise TypeError(f"path must be an AnnealingPath, got {type(path).__name__}")
+
+
+def start(
+    path: AnnealingPath,
+    shape: tuple[int, ...],
+    x0: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The first points, `(*shape, *event)`: draws of the base, or `x0`, checked.
+
+    The last entry of `shape` is the number of chains; `x0` may be `(chains, *event)` for all.
+    """
+    check_path(path)
+    if x0 is None:
+        x = path.sample_base(math.prod(shape), generator=generator)
+        return x.reshape(*shape, *x.shape[1:])
+    check_finite("x0", x0)
+    check_generator(generator, x0.device)
+    base = path.sample_base(1, generator=generator)
+    chains, full = ((*dims, *base.shape[1:]) for dims in (shape[-1:], shape))
+    if x0.shape not in (chains, full):
+        replicas = f", or (R, chains, *event), {full}" if len(shape) > 1 else ""
+        raise ValueError(f"x0 must be (chains, *event), {chains}{replicas}; got {tuple(x0.shape)}")
+    if x0.dtype != base.dtype:
+        raise TypeError(f"x0 must be {base.dtype} as the draws of the base, got {x0.dtype}")
+    return x0.detach().expand(full)
 
 
 # ---------------------------------------------------------------- inside

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from companion.core import AnnealingPath, LogZ, Trace
-from companion.inputs import check_count, check_finite, check_generator
+from companion.inputs import check_count, check_finite
 from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate
-from companion.tempering.paths import advance, profile
+from companion.tempering.paths import advance, profile, start
 from companion.tempering.schedules import check_betas
 
 __all__ = ["SimulatedTempering", "level_step", "simulated_tempering"]
@@ -169,7 +169,7 @@ def simulated_tempering(
         ValueError: a count out of range, betas that do not ascend to 1, weights or an `x0` of
             another shape or not finite, a generator on another device, chains that are where no
             level has a positive density after the warm-up.
-        TypeError: an `x0` of another dtype than the base's draws.
+        TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Warns:
         UserWarning: log-densities that were NaN. Such a level is not gone to.
@@ -205,7 +205,7 @@ def simulated_tempering(
     num_levels = len(rungs)
     if num_levels < 2:
         raise ValueError("betas must have at least two levels to wander between, got 1")
-    x = start_chains(path, num_chains, x0, generator)
+    x = start(path, (num_chains,), x0, generator)
     like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
     learns = log_weights is None
     if log_weights is None:
@@ -343,19 +343,3 @@ def _std_error(influence: Tensor) -> Tensor:
     """Of a mean over independent chains, the first dimension; NaN for a single one."""
     n = len(influence)
     return influence.std(0) / math.sqrt(n) if n > 1 else torch.full_like(influence[0], torch.nan)
-
-
-def start_chains(
-    path: AnnealingPath, num_chains: int, x0: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
-    """The chains' first points, `(chains, *event)`."""
-    base = path.sample_base(num_chains, generator=generator)
-    if x0 is None:
-        return base
-    check_finite("x0", x0)
-    check_generator(generator, x0.device)
-    if x0.shape != base.shape:
-        raise ValueError(f"x0 must be (chains, *event), {tuple(base.shape)}, got {tuple(x0.shape)}")
-    if x0.dtype != base.dtype:
-        raise TypeError(f"x0 must be {base.dtype} as the draws of the base, got {x0.dtype}")
-    return x0.detach()

@@ -24,7 +24,7 @@ from companion.mcmc.base import (
     select,
     uniform_noise,
 )
-from companion.tempering.paths import profile, reverse_step
+from companion.tempering.paths import check_path, profile, reverse_step
 from companion.tempering.schedules import check_betas
 
 __all__ = ["tempered_transitions"]
@@ -72,8 +72,8 @@ def tempered_transitions(
         a point of density zero is rejected; one with a NaN is rejected and flagged.
 
     Raises:
-        TypeError, ValueError: betas or a number of steps that are none; by `init`, a start where
-            the log-density at beta = 1 is not finite.
+        TypeError, ValueError: a path, betas or a number of steps that are none; by `init`, a start
+            where the log-density at beta = 1 is not finite.
 
     Reference: Neal (1996), *Sampling from multimodal distributions using tempered transitions*.
 
@@ -90,6 +90,7 @@ def tempered_transitions(
     >>> f"{(x > 0).double().mean():.2f}"
     '0.25'
     """
+    check_path(path)
     levels: list[float] = check_betas(betas, torch.device("cpu")).tolist()
     if len(levels) < 2:
         raise ValueError("betas must hold at least two levels: 1, and one below it to heat up to")

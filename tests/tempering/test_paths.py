@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Exponential, Independent, Normal, Uniform
 
+from companion.annealing import smc
 from companion.core import AnnealingPath, Kernel, LogZ
 from companion.hmc import hmc
 from companion.mcmc import (
@@ -18,7 +19,18 @@ from companion.mcmc import (
     slice_sampler,
 )
 from companion.targets import Gaussian, GaussianMixture
-from companion.tempering import GeometricPath, advance, likelihood_path, profile, reverse_step
+from companion.tempering import (
+    GeometricPath,
+    advance,
+    likelihood_path,
+    parallel_tempering,
+    profile,
+    reverse_step,
+    simulated_annealing,
+    simulated_tempering,
+    tempered_transitions,
+    tune_ladder,
+)
 from companion.testing import (
     assert_invariant,
     binary_states,
@@ -338,6 +350,37 @@ def test_what_makes_no_path_is_refused():
         GeometricPath(normal, lambda x: -x.square(), walk)
     with pytest.raises(ValueError, match="num_steps"):
         GeometricPath(normal, log_prob, walk, num_steps=0)
+
+
+class Elsewhere(torch.Generator):
+    """A generator that says it is on another device."""
+
+    device = torch.device("cuda")
+
+
+def test_every_method_refuses_what_is_no_path_and_a_generator_elsewhere():
+    def log_prob(x):
+        return -x.square()
+
+    runs = {
+        "parallel": lambda path, g: parallel_tempering(path, [0.0, 1.0], 2, generator=g),
+        "ladder": lambda path, g: tune_ladder(path, [0.0, 1.0], generator=g),
+        "simulated": lambda path, g: simulated_tempering(
+            path, [0.0, 1.0], 2, warmup=0, generator=g
+        ),
+        "annealing": lambda path, g: simulated_annealing(path, [1.0], 2, generator=g),
+        "smc": lambda path, g: smc(path, 10, generator=g),
+    }
+    for run in runs.values():
+        with pytest.raises(TypeError, match="path must be an AnnealingPath, got function"):
+            run(log_prob, None)
+        path = GeometricPath(Normal(0.0, 1.0), log_prob, walk)
+        with pytest.raises(ValueError, match="the generator is on cuda but"):
+            run(path, Elsewhere())
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator"):
+            run(path, 0)
+    with pytest.raises(TypeError, match="path must be an AnnealingPath, got function"):
+        tempered_transitions(log_prob, [0.0, 1.0])
 
 
 def test_paths_follow_the_device_of_their_tensors(rng):
