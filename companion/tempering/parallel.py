@@ -121,7 +121,8 @@ def parallel_tempering(
 
     Raises:
         ValueError: a count out of range, betas that do not ascend to 1, an unknown `swaps`, an `x0`
-            of another shape or with NaN, a generator on another device.
+            of another shape or with NaN, a generator on another device, a start (by default a draw
+            of the base) where the log-density is NaN.
         TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Warns:

@@ -35,7 +35,8 @@ class GeometricPath:
 
     A step makes `num_steps` steps of the kernel and costs one evaluation of both densities more
     than these. A point whose density is zero (log-density minus infinity) raises nothing: it
-    wanders until it finds a place where the density is positive.
+    wanders until it finds a place where the density is positive. One whose log-density is NaN
+    raises a ValueError, by most kernels; a proposal with a NaN is rejected.
 
     Args:
         base: what can be drawn from: a `torch.distributions` object with one number a point

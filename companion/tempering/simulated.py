@@ -168,7 +168,8 @@ def simulated_tempering(
     Raises:
         ValueError: a count out of range, betas that do not ascend to 1, weights or an `x0` of
             another shape or not finite, a generator on another device, chains that are where no
-            level has a positive density after the warm-up.
+            level has a positive density after the warm-up, or, without `log_weights`, a draw of the
+            base where the log-density is NaN.
         TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Warns:

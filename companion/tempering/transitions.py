@@ -19,6 +19,7 @@ from companion.inputs import check_count, check_generator
 from companion.mcmc.base import (
     ChainState,
     MoveInfo,
+    expand,
     init_chains,
     metropolis_accept,
     select,
@@ -113,16 +114,21 @@ def tempered_transitions(
         x = state.x
         check_generator(generator, x.device)
         log_ratio = torch.zeros_like(state.log_prob, dtype=torch.float64)
+
+        def usable(x: Tensor) -> Tensor:
+            """A way with a NaN is lost: it goes on from the start, as no kernel starts at a NaN."""
+            return torch.where(expand(log_ratio.isnan(), x), state.x, x)
+
         for colder, hotter in ladder:
             density = profile(path, x)
             log_ratio = log_ratio + _gain(density(colder), density(hotter))
             if hotter > 0.0:
-                x = move(path.step, x, hotter, generator)
+                x = move(path.step, usable(x), hotter, generator)
             else:  # the moves at the top, up and down
                 x = path.sample_base(log_ratio.numel(), generator=generator).reshape(x.shape).to(x)
         for colder, hotter in reversed(ladder):
             if hotter > 0.0:
-                x = move(back, x, hotter, generator)
+                x = move(back, usable(x), hotter, generator)
             density = profile(path, x)
             value = density(colder)
             log_ratio = log_ratio + _gain(density(hotter), value)

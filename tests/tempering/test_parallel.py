@@ -578,6 +578,8 @@ def test_nan_is_never_swapped_and_is_counted(rng, device):
     p = float(stats.norm.sf(0.5))
     assert abs(total - 5000 * p) < Z * math.sqrt(5000 * p * (1 - p))
     assert run.log_z is not None and run.log_z.value.isfinite()
+    with pytest.raises(ValueError, match="not finite at the start"):  # no replica may start there
+        parallel_tempering(path, [0.0, 0.4, 1.0], 1, num_chains=50, generator=rng(0, device))
 
 
 # ---------------------------------------------------------------- what is kept

@@ -445,6 +445,8 @@ def test_densities_that_are_zero_or_nan(rng):
         return torch.where(x[..., 0] > 0.5, 0.0, torch.nan)
 
     path = GeometricPath(box, broken, lambda density: random_walk(density, 0.3))
+    with pytest.raises(ValueError, match="not finite at the start"):  # the first guess rises there
+        simulated_tempering(path, [0.0, 1.0], 1, warmup=0, num_chains=50, generator=rng(0))
     with pytest.warns(UserWarning, match="a log-density was NaN"):
         run = simulated_tempering(
             path, [0.0, 1.0], 50, warmup=50, num_chains=50, log_weights=[0.0, 0.0], generator=rng(0)

@@ -350,12 +350,14 @@ def test_a_way_through_density_zero_is_rejected_and_one_with_nan_is_flagged(rng)
     def broken(x):
         return torch.where(x[..., 0] > 0.3, torch.nan, 0.0)
 
-    kernel = tempered_transitions(
-        GeometricPath(box, broken, lambda density: random_walk(density, 0.5)), [0.0, 1.0]
-    )
+    path = GeometricPath(box, broken, lambda density: random_walk(density, 0.5))
     x = torch.full((200, 1), 0.1, dtype=F64)
-    state, info = kernel.step(kernel.init(x), generator=rng(0))
-    assert info.is_nan.any() and (state.x <= 0.3).all()
+    for betas in ([0.0, 1.0], [0.0, 0.3, 0.6, 1.0]):  # no kernel starts at a NaN on the way
+        kernel = tempered_transitions(path, betas)
+        state, info = kernel.step(kernel.init(x), generator=rng(0))
+        assert info.is_nan.any() and info.accepted.any() and (state.x <= 0.3).all()
+        # About 0.7 of the draws of the base: five standard errors.
+        assert abs(info.is_nan.double().mean() - 0.7) < 5 * math.sqrt(0.21 / 200)
 
 
 def test_bad_input_is_explained():
