@@ -152,7 +152,8 @@ MUTANTS = {
     "always accepted": ("metropolis_accept(log_ratio,", "metropolis_accept(0.0 * log_ratio,"),
     "cooled in the order of heating": ("in reversed(ladder)", "in ladder"),
     "weighed before the move down": (
-        "            if hotter > 0.0:\n                x = move(back, usable(x), hotter, generator)\n"
+        "            if hotter > 0.0:\n"
+        "                x = move(back, usable(x), hotter, generator)\n"
         "            density = profile(path, x)\n",
         "            density = profile(path, x)\n"
         "            x = move(back, usable(x), hotter, generator)\n",
