@@ -253,7 +253,7 @@ def energetic_enough(distance: float, forget_potential: bool = False) -> float:
 
 
 @pytest.mark.parametrize("dim", [1, 6])
-def test_a_trajectory_crosses_only_with_energy_above_the_barrier(rng, ledger, dim):
+def test_a_trajectory_crosses_only_with_energy_above_the_barrier(rng, dim):
     distance, n = 6.0, 25_000
     target = two_peaks(distance, dim)
     x = target.sample(n, generator=rng(dim))
