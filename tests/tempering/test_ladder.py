@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from exact_paths import F64, ExactGaussians
 from scipy import stats
 from scipy.integrate import quad
 
@@ -12,6 +11,7 @@ from companion.tempering import ladder as ladder_module
 from companion.tempering import linear_schedule
 from companion.tempering.ladder import tune_ladder
 from tests.mcmc.exact_targets import plant
+from tests.tempering.exact_paths import F64, ExactGaussians
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 RUN = {"num_chains": 100, "num_steps": 20, "num_rounds": 6}

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from exact_paths import F64, ExactGaussians, exact_path
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal, Uniform
@@ -26,6 +25,7 @@ from companion.testing import (
     transition_matrix,
 )
 from tests.mcmc.exact_targets import plant
+from tests.tempering.exact_paths import F64, ExactGaussians, exact_path
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, F64])
 SWAPS = pytest.mark.parametrize("swaps", ["even_odd", "random"])
