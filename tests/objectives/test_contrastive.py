@@ -6,50 +6,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-from companion.models.rbm import RBM
 from companion.objectives import PersistentChains, contrastive_divergence, pseudolikelihood
 from companion.testing import binary_states
-
-F64 = torch.float64
-DATA = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 1, 0]])
-
-
-def machine(rng, seed=0, dtype=F64, device="cpu"):
-    g = rng(seed)
-    rbm = RBM(3, 2, generator=g, dtype=F64)
-    with torch.no_grad():
-        for parameter in rbm.parameters():
-            parameter.copy_(2 * torch.randn(parameter.shape, generator=g, dtype=F64) + 0.3)
-    return rbm.to(dtype=dtype, device=device)
-
-
-def flat_grad(loss, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-def state_grads(model):
-    """d log p~(v) / d theta for each of the 2^D states, (2^D, parameters)."""
-    states = binary_states(3, dtype=model.W.dtype, device=model.W.device)
-    return torch.stack([flat_grad(model.log_prob(v), model) for v in states])
-
-
-def index(v):
-    return (v.double() @ v.new_tensor([4, 2, 1]).double()).long()
-
-
-def exact_gradient(model, data):
-    """The gradient of the mean negative log-likelihood, all states summed out."""
-    grads = state_grads(model)
-    states = binary_states(3, dtype=model.W.dtype, device=model.W.device)
-    pi = model.log_prob(states).detach().softmax(0)
-    return pi @ grads - grads[index(data)].mean(0)
-
-
-def largest_z(samples, exact):
-    """The largest deviation of the mean of `samples` (n, components), in standard errors."""
-    error = samples.std(0) / math.sqrt(len(samples))
-    return ((samples.mean(0) - exact) / error).abs().max()
-
+from tests.objectives.exact_gradients import (
+    DATA,
+    F64,
+    exact_gradient,
+    flat_grad,
+    index,
+    largest_z,
+    machine,
+    state_grads,
+)
 
 LIMIT = 5.1  # 11 components: Bonferroni keeps the false-alarm rate below 1e-5
 
@@ -150,48 +118,6 @@ def test_no_derivative_passes_through_the_sampling(rng):
     grads = state_grads(rbm)
     by_hand = grads[index(particles)].mean(0) - grads[index(v)].mean(0)
     torch.testing.assert_close(gradient, by_hand, rtol=0, atol=1e-12)
-
-
-def reference_pseudolikelihood(model, v):
-    """- mean_v sum_i log p(v_i | v_-i), one row and one unit at a time, from the normalised law."""
-    states = binary_states(v.shape[1], dtype=F64)
-    log_p = model.log_prob(states).log_softmax(0)
-    total = 0.0
-    for row in v:
-        for i in range(v.shape[1]):
-            rest = (states.long() == row).sum(1) - (states[:, i].long() == row[i]).long()
-            same_rest = rest == v.shape[1] - 1
-            same = (states.long() == row).all(1)
-            total = total - (log_p[same].logsumexp(0) - log_p[same_rest].logsumexp(0))
-    return total / len(v)
-
-
-def test_pseudolikelihood_agrees_with_the_conditionals_of_the_normalised_law(rng, ledger):
-    rbm = machine(rng)
-    loss, slow = pseudolikelihood(rbm, DATA), reference_pseudolikelihood(rbm, DATA)
-    ledger("negative log-pseudolikelihood, 3 x 2", exact=slow.detach(), estimate=loss.detach())
-    torch.testing.assert_close(flat_grad(loss, rbm), flat_grad(slow, rbm))
-
-
-def test_pseudolikelihood_of_independent_units_is_the_likelihood(rng):
-    rbm = machine(rng)
-    with torch.no_grad():
-        rbm.W.zero_()
-    likelihood = rbm.log_prob(DATA).mean() - rbm.log_z().value
-    torch.testing.assert_close(pseudolikelihood(rbm, DATA), -likelihood)
-
-
-def test_stochastic_pseudolikelihood_is_unbiased(rng):
-    rbm = machine(rng)
-    full = pseudolikelihood(rbm, DATA).detach()
-    g = rng(5)
-    with torch.no_grad():
-        some = torch.stack(
-            [pseudolikelihood(rbm, DATA, num_units=2, generator=g) for _ in range(2000)]
-        )
-    assert largest_z(some[:, None], full[None]) < 4.5
-    assert largest_z(some[:, None] * 2 / 3, full[None]) > 4.5  # without the factor D / m
-    torch.testing.assert_close(pseudolikelihood(rbm, DATA, num_units=3, generator=g), full)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
