@@ -5,11 +5,22 @@ for *descent*; the value itself is a likelihood only where its docstring says so
 the model for `log_prob` and, where it needs chains, for `gibbs`; it never looks inside.
 """
 
-from companion.objectives.conditional import pseudolikelihood
+from companion.objectives.conditional import (
+    generalized_pseudolikelihood,
+    pseudolikelihood,
+    ratio_matching,
+)
 from companion.objectives.contrastive import (
     GibbsModel,
     PersistentChains,
     contrastive_divergence,
 )
 
-__all__ = ["GibbsModel", "PersistentChains", "contrastive_divergence", "pseudolikelihood"]
+__all__ = [
+    "GibbsModel",
+    "PersistentChains",
+    "contrastive_divergence",
+    "generalized_pseudolikelihood",
+    "pseudolikelihood",
+    "ratio_matching",
+]
