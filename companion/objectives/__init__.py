@@ -12,15 +12,22 @@ from companion.objectives.conditional import (
 )
 from companion.objectives.contrastive import (
     GibbsModel,
-    PersistentChains,
     contrastive_divergence,
+    maximum_likelihood,
 )
+from companion.objectives.persistent import FastPersistentChains, PersistentChains, TemperedChains
+from companion.objectives.score import score_matching, sliced_score_matching
 
 __all__ = [
+    "FastPersistentChains",
     "GibbsModel",
     "PersistentChains",
+    "TemperedChains",
     "contrastive_divergence",
     "generalized_pseudolikelihood",
+    "maximum_likelihood",
     "pseudolikelihood",
     "ratio_matching",
+    "score_matching",
+    "sliced_score_matching",
 ]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from companion.inputs import check_count, check_finite, check_generator
+from companion.inputs import check_count, check_generator
+from companion.objectives.rows import check_rows
 from companion.testing import binary_states
 
 __all__ = ["generalized_pseudolikelihood", "pseudolikelihood", "ratio_matching"]
@@ -153,7 +154,7 @@ def _log_odds(
     model: Any, v: Tensor, num_units: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """`log p(v_i | v_-i) / p(1 - v_i | v_-i)` of all units or of some, `(units, ..., n)`."""
-    _check_rows(v)
+    check_rows(v)
     check_generator(generator, v.device)
     num_visible = v.shape[-1]
     units = torch.arange(num_visible, device=v.device)
@@ -170,7 +171,7 @@ def _log_odds(
 
 
 def _block_rows(model: Any, v: Tensor, blocks: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
-    _check_rows(v)
+    check_rows(v)
     listed = [_block(block, v) for block in blocks]
     if not listed:
         raise ValueError("blocks is empty: there is no unit to predict")
@@ -212,10 +213,3 @@ def _block(block: Tensor | tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, Te
             f"row {first} is in a state that its block does not list: {v[first][units].tolist()}"
         )
     return units, states
-
-
-def _check_rows(v: Tensor) -> None:
-    if not isinstance(v, Tensor) or v.ndim < 2:
-        got = getattr(v, "shape", type(v).__name__)
-        raise ValueError(f"v must be a matrix (n, D), or (..., n, D), got {got}")
-    check_finite("v", v)
