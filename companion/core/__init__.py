@@ -10,7 +10,15 @@
 The input checks that all modules share are in `companion.inputs`.
 """
 
-from companion.core.contracts import AnnealingPath, Info, Kernel, LogProb, State, value_and_grad
+from companion.core.contracts import (
+    AnnealingPath,
+    Info,
+    Kernel,
+    LogProb,
+    State,
+    value_and_grad,
+    with_gradients,
+)
 from companion.core.log_z import LogZ
 from companion.core.trace import Trace, sample
 
@@ -24,4 +32,5 @@ __all__ = [
     "Trace",
     "sample",
     "value_and_grad",
+    "with_gradients",
 ]

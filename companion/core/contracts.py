@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["AnnealingPath", "Info", "Kernel", "LogProb", "State", "value_and_grad"]
+__all__ = [
+    "AnnealingPath",
+    "Info",
+    "Kernel",
+    "LogProb",
+    "State",
+    "value_and_grad",
+    "with_gradients",
+]
 
 LogProb: TypeAlias = Callable[[Tensor], Tensor]
 """An unnormalised log-density, which maps `(..., *event)` to `(...)`."""
@@ -48,6 +56,53 @@ def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
         value = log_prob(x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), grad
+
+
+def with_gradients(
+    value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Tensor:
+    """A scalar whose `backward()` hands known gradients to the parameters.
+
+    For losses whose gradient is computed by a shorter way than autograd would take, or is no
+    derivative of the value at all.
+
+    Args:
+        value: the number that the loss shows, a scalar.
+        parameters: tensors that the gradients belong to.
+        gradients: one for each parameter, of its shape.
+
+    Returns:
+        The value, as a loss. It can be added to other losses and scaled.
+
+    Raises:
+        ValueError: a gradient of another shape than its parameter, or one too few.
+
+    >>> w = torch.zeros(2, requires_grad=True)
+    >>> loss = with_gradients(torch.tensor(7.0), [w], [torch.tensor([1.0, -2.0])])
+    >>> (0.5 * loss).backward()
+    >>> w.grad
+    tensor([ 0.5000, -1.0000])
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient.shape != parameter.shape:
+            raise ValueError(
+                f"a gradient of shape {tuple(gradient.shape)} was given for a parameter of shape "
+                f"{tuple(parameter.shape)}"
+            )
+    loss = _KnownGradients.apply(value, *gradients, *parameters)  # type: ignore[no-untyped-call]
+    return cast(Tensor, loss)
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *given: Tensor) -> Tensor:
+        ctx.gradients = given[: len(given) // 2]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        known = [grad.to(g) * g for g in ctx.gradients]
+        return (None, *[None] * len(known), *known)
 
 
 # ---------------------------------------------------------------- kernels

@@ -11,15 +11,17 @@ derivative passes through the sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from companion.inputs import check_count
+from companion.testing import binary_states
 
-__all__ = ["GibbsModel", "PersistentChains", "contrastive_divergence"]
+__all__ = ["GibbsModel", "contrastive_divergence", "maximum_likelihood", "two_phases"]
+
+
+_MAX_UNITS = 16
 
 
 class GibbsModel(Protocol):
@@ -56,8 +58,8 @@ def contrastive_divergence(
         generator: source of randomness, on the model's device.
 
     Returns:
-        scalar loss `mean log p~(v') - mean log p~(v)`. Its value is not the likelihood and need not
-        fall as the model improves.
+        scalar loss `mean log p~(v') - mean log p~(v)`, summed over a batch of machines. Its value
+        is not the likelihood and need not fall as the model improves.
 
     Raises:
         ValueError, TypeError: the model rejects `v`, or `num_steps` is below 1.
@@ -70,82 +72,50 @@ def contrastive_divergence(
     >>> rbm.W.grad.shape
     torch.Size([4, 2])
     """
+    fused = getattr(model, "contrastive_step", None)
+    if fused is not None:
+        return cast(Tensor, fused(v, num_steps, generator=generator)[0])
     negative = model.gibbs(v, num_steps, generator=generator)
-    return _two_phases(model, v, negative)
+    return two_phases(model, v, negative)
 
 
-class PersistentChains:
-    """Stochastic maximum likelihood, also called persistent contrastive divergence.
+def two_phases(model: GibbsModel, v: Tensor, x: Tensor) -> Tensor:
+    """The loss `mean log p~(x) - mean log p~(v)`: means over rows, summed over machines."""
+    positive = model.log_prob(v).mean(-1).sum()
+    return model.log_prob(x).mean(-1).sum() - positive
 
-    (Younes 1989; Tieleman 2008.) The negative particles are a set of Markov chains that go on from
-    one update to the next. If the chains are in equilibrium the gradient is unbiased; they stay
-    near it only while the learning rate is small beside their mixing time.
+
+def maximum_likelihood(model: GibbsModel, v: Tensor) -> Tensor:
+    """The exact negative log-likelihood, `log Z - mean log p~(v)`, for small machines.
+
+    Log Z is the model's own `log_normalizer()` where it has one, else the sum over all binary
+    states of the length of `v`'s rows. It is what the other objectives stand in for.
 
     Args:
-        model: an unnormalised model with `log_prob`, `gibbs` and `sample_base`.
-        num_chains: number of chains; the noise of the negative phase falls with its square root.
-        generator: source of randomness for the chains, on the model's device.
+        model: an unnormalised model of binary units with `log_prob`.
+        v: data, `(n, D)`.
 
-    Attributes:
-        x: the chains' present states, `(num_chains, D)`.
+    Returns:
+        scalar loss in nats a row, summed over a batch of machines.
+
+    Raises:
+        ValueError: the model rejects `v`, or has too many states to sum over (2^16).
 
     >>> from companion.models.rbm import RBM
-    >>> g = torch.Generator().manual_seed(0)
-    >>> rbm = RBM(4, 2, generator=g)
-    >>> chains = PersistentChains(rbm, num_chains=10, generator=g)
-    >>> chains.loss(torch.tensor([[1, 1, 0, 0]])).backward()
-    >>> chains.x.shape
-    torch.Size([10, 4])
+    >>> rbm = RBM(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> _ = rbm.W.data.zero_()                       # three fair coins: 3 log 2 nats
+    >>> f"{maximum_likelihood(rbm, torch.tensor([[1, 0, 1]])).item():.4f}"
+    '2.0794'
     """
-
-    def __init__(
-        self, model: GibbsModel, num_chains: int, *, generator: torch.Generator | None = None
-    ) -> None:
-        check_count("num_chains", num_chains)
-        self.model = model
-        self.generator = generator
-        self.x = model.sample_base(num_chains, generator=generator)
-
-    def loss(
-        self, v: Tensor, num_steps: int = 1, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Advance the chains by `num_steps` and return the loss for a mini-batch of data.
-
-        Args:
-            v: a mini-batch of data, `(n, D)`; n need not equal the number of chains.
-            num_steps: Gibbs steps of every chain before this update.
-            generator: takes the place of the chains' own generator.
-
-        Returns:
-            scalar loss `mean log p~(x) - mean log p~(v)` over chains x and data v.
-        """
-        positive = self.model.log_prob(v).mean()  # checks v before the chains move
-        self.x = self.model.gibbs(self.x, num_steps, generator=generator or self.generator)
-        return self.model.log_prob(self.x).mean() - positive
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The chains and, if they have a generator of their own, its state."""
-        state = {"x": self.x}
-        if self.generator is not None:
-            state["generator"] = self.generator.get_state()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            ValueError: the chains' number, shape or dtype differs.
-        """
-        x = state["x"]
-        if x.shape != self.x.shape or x.dtype != self.x.dtype:
-            raise ValueError(
-                f"the saved chains are {tuple(x.shape)} of {x.dtype}, these are "
-                f"{tuple(self.x.shape)} of {self.x.dtype}"
-            )
-        self.x = x.to(self.x.device, copy=True)
-        if self.generator is not None and "generator" in state:
-            self.generator.set_state(state["generator"].cpu())
-
-
-def _two_phases(model: GibbsModel, positive: Tensor, negative: Tensor) -> Tensor:
-    return model.log_prob(negative).mean() - model.log_prob(positive).mean()
+    log_prob = model.log_prob(v)
+    own = getattr(model, "log_normalizer", None)
+    if own is not None:
+        return cast(Tensor, own()).sum() - log_prob.mean(-1).sum()
+    num_units = v.shape[-1]
+    if num_units > _MAX_UNITS:
+        raise ValueError(
+            f"maximum_likelihood sums over all 2^n states and stops at n = {_MAX_UNITS}, but v has "
+            f"{num_units} units; learn by PersistentChains instead"
+        )
+    states = binary_states(num_units, device=v.device, dtype=log_prob.dtype)
+    return model.log_prob(states).logsumexp(-1).sum() - log_prob.mean(-1).sum()

@@ -8,6 +8,7 @@ drawn at once. Summing out the hidden units gives the free energy
 """
 
 from companion.models.rbm.annealing import RBMPath
+from companion.models.rbm.centred import CentredRBM
 from companion.models.rbm.model import MAX_ENUMERATED, RBM
 
-__all__ = ["MAX_ENUMERATED", "RBM", "RBMPath"]
+__all__ = ["MAX_ENUMERATED", "RBM", "CentredRBM", "RBMPath"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from companion.inputs import check_count, check_finite, check_generator
-from companion.models.rbm.model import RBM, bernoulli
+from companion.models.rbm.model import RBM, bernoulli, dot, row
 
 __all__ = ["RBMPath"]
 
@@ -31,7 +31,7 @@ class RBMPath:
 
     Args:
         rbm: the machine.
-        base_bias: a, `(D,)`; None for zeros.
+        base_bias: a, `(*batch_shape, D)`; None for zeros.
 
     Raises:
         ValueError, TypeError: a bias of the wrong shape, dtype or device, or not finite.
@@ -54,8 +54,8 @@ class RBMPath:
 
     @property
     def base_log_z(self) -> Tensor:
-        """Log Z at beta = 0, `sum_i softplus(a_i) + num_hidden log 2`, float64."""
-        return softplus(self._a.double()).sum() + self.rbm.num_hidden * math.log(2.0)
+        """Log Z at beta = 0, `sum_i softplus(a_i) + num_hidden log 2`, float64, one a machine."""
+        return softplus(self._a.double()).sum(-1) + self.rbm.num_hidden * math.log(2.0)
 
     @property
     def _a(self) -> Tensor:
@@ -63,24 +63,25 @@ class RBMPath:
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`n` exact draws at beta = 0, `(n, D)`."""
+        """`n` exact draws at beta = 0, `(*batch_shape, n, D)`."""
         check_count("n", n)
         check_generator(generator, self.rbm.W.device)
-        return bernoulli(torch.sigmoid(self._a).expand(n, -1), generator)
+        probs = torch.sigmoid(self._a)[..., None, :]
+        return bernoulli(probs.expand(*self.rbm.batch_shape, n, -1), generator)
 
     @torch.no_grad()
     def log_prob(self, v: Tensor, beta: Tensor | float) -> Tensor:
         """`log p~_beta(v)`, `(..., D) -> (...)`; `beta` broadcasts over the leading dimensions."""
         v = self._check(v)
         beta, rbm = _of_units(beta, v), self.rbm
-        visible = (v * _mix(self._a, rbm.b, beta)).sum(-1)
-        return visible + softplus(beta * (rbm.c + v @ rbm.W)).sum(-1)
+        visible = (v * _mix(row(self._a), row(rbm.b), beta)).sum(-1)
+        return visible + softplus(beta * (row(rbm.c) + v @ rbm.W)).sum(-1)
 
     @torch.no_grad()
     def profile(self, v: Tensor) -> Callable[[Tensor | float], Tensor]:
         """The log-density at `v` as a function of beta, in float64: one product with W."""
         v = self._check(v)
-        return self._profile(v, self.rbm.c + v @ self.rbm.W)
+        return self._profile(v, row(self.rbm.c) + v @ self.rbm.W)
 
     @torch.no_grad()
     def step(
@@ -89,7 +90,7 @@ class RBMPath:
         """A sweep of block Gibbs sampling at `beta`, `(..., D) -> (..., D)`."""
         check_generator(generator, self.rbm.W.device)
         v = self._check(v)
-        return self._sweep(self.rbm.c + v @ self.rbm.W, _of_units(beta, v), generator)
+        return self._sweep(row(self.rbm.c) + v @ self.rbm.W, _of_units(beta, v), generator)
 
     @torch.no_grad()
     def advance(
@@ -103,7 +104,7 @@ class RBMPath:
         """Weigh and move, as `companion.tempering.advance` does, with two products in all."""
         check_generator(generator, self.rbm.W.device)
         v = self._check(v)
-        inputs = self.rbm.c + v @ self.rbm.W
+        inputs = row(self.rbm.c) + v @ self.rbm.W
         at = self._profile(v, inputs)
         increment = at(next_beta) - at(beta)
         return self._sweep(inputs, _of_units(next_beta, v), generator), increment
@@ -114,7 +115,7 @@ class RBMPath:
     def _profile(self, v: Tensor, inputs: Tensor) -> Callable[[Tensor | float], Tensor]:
         # float64: log weights are differences between close betas
         inputs = inputs.detach().double()
-        start, end = (v @ bias.detach() for bias in (self._a, self.rbm.b))
+        start, end = (dot(v, bias.detach()) for bias in (self._a, self.rbm.b))
         start, end = start.double(), end.double()
 
         def at(beta: Tensor | float) -> Tensor:
@@ -128,8 +129,8 @@ class RBMPath:
     ) -> Tensor:
         rbm = self.rbm
         h = bernoulli(torch.sigmoid(beta * inputs), generator)
-        bias = _mix(self._a, rbm.b, beta)
-        return bernoulli(torch.sigmoid(bias + beta * (h @ rbm.W.T)), generator)
+        bias = _mix(row(self._a), row(rbm.b), beta)
+        return bernoulli(torch.sigmoid(bias + beta * (h @ rbm.W.mT)), generator)
 
 
 def _of_units(beta: Tensor | float, like: Tensor) -> Tensor | float:

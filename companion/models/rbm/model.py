@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,12 @@ from companion.testing import binary_states
 if TYPE_CHECKING:
     from companion.models.rbm.annealing import RBMPath
 
-__all__ = ["MAX_ENUMERATED", "RBM", "bernoulli"]
+__all__ = ["MAX_ENUMERATED", "RBM", "bernoulli", "dot", "row"]
 
 MAX_ENUMERATED = 25
 """Largest smaller layer whose 2^n states `RBM.log_z` sums over."""
+
+_MAX_DIFFERENTIATED = 16
 
 _LOW_BITS = 12  # states summed in one block: 2^12 rows of the larger layer at a time
 
@@ -33,17 +36,21 @@ class RBM(nn.Module):
     Args:
         num_visible: D, the number of visible units.
         num_hidden: H, the number of hidden units.
+        batch_shape: of a batch of machines that are trained or sampled side by side, say `(10,)`
+            for ten seeds; empty for a single machine.
         generator: source of randomness for the weights.
         device: where the parameters live.
         dtype: floating type of the parameters.
 
     Attributes:
-        W: weights, `(num_visible, num_hidden)`.
-        b: visible biases, `(num_visible,)`.
-        c: hidden biases, `(num_hidden,)`.
+        W: weights, `(*batch_shape, num_visible, num_hidden)`.
+        b: visible biases, `(*batch_shape, num_visible)`.
+        c: hidden biases, `(*batch_shape, num_hidden)`.
 
     All methods take states with any leading dimensions; boolean and integer states are cast to the
-    dtype of W, another floating dtype is an error.
+    dtype of W, another floating dtype is an error. For a batch of machines states are
+    `(..., *batch_shape, n, units)`, or `(n, units)` where all machines get the same ones; what
+    comes back is `(..., *batch_shape, n)`. `unbind` takes the batch apart.
 
     >>> rbm = RBM(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> v = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]])
@@ -57,6 +64,7 @@ class RBM(nn.Module):
         num_visible: int,
         num_hidden: int,
         *,
+        batch_shape: Sequence[int] = (),
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,25 +75,51 @@ class RBM(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
-        weights = torch.empty(num_visible, num_hidden, device=device, dtype=dtype)
+        self.batch_shape = tuple(check_count("batch_shape", size) for size in batch_shape)
+        shape = (*self.batch_shape, num_visible, num_hidden)
+        weights = torch.empty(shape, device=device, dtype=dtype)
         check_generator(generator, weights.device)
         self.W = nn.Parameter(weights.normal_(0.0, 0.01, generator=generator))
-        self.b = nn.Parameter(torch.zeros(num_visible, device=device, dtype=dtype))
-        self.c = nn.Parameter(torch.zeros(num_hidden, device=device, dtype=dtype))
+        self._make_biases(weights.new_zeros(shape[:-1]), weights.new_zeros(*shape[:-2], num_hidden))
+
+    def _make_biases(self, b: Tensor, c: Tensor) -> None:
+        self.b, self.c = nn.Parameter(b), nn.Parameter(c)
 
     @torch.no_grad()
     def init_visible_bias(self, v: Tensor, *, smoothing: float = 1.0) -> None:
         """Set b to the log-odds of the data's unit means, so that W = 0 models independent units.
 
         Args:
-            v: data, `(n, num_visible)`.
+            v: data, `(..., num_visible)`; for a batch of machines `(*batch_shape, n, num_visible)`
+                or the same `(n, num_visible)` for all.
             smoothing: this many imaginary ones and as many zeros are added to each unit's count
                 (Laplace smoothing), so that a unit that is never on keeps a finite bias.
         """
         check_real("smoothing", smoothing, minimum=0.0)
-        v = self._check_units("v", v, self.num_visible).flatten(0, -2)
-        mean = (v.sum(0) + smoothing) / (len(v) + 2.0 * smoothing)
+        v = self._check_units("v", v, self.num_visible)
+        if not self.batch_shape:
+            v = v.reshape(-1, self.num_visible)
+        self._set_visible_bias((v.sum(-2) + smoothing) / (v.shape[-2] + 2.0 * smoothing))
+
+    def _set_visible_bias(self, mean: Tensor) -> None:
         self.b.copy_(torch.logit(mean))
+
+    def unbind(self) -> list[RBM]:
+        """The machines of a batch, one by one, each with a copy of its own parameters."""
+        return [self._member(i) for i in range(math.prod(self.batch_shape))]
+
+    @torch.no_grad()
+    def _member(self, i: int) -> RBM:
+        member = type(self)(
+            self.num_visible, self.num_hidden, device=self.W.device, dtype=self.W.dtype
+        )
+        num_batch = len(self.batch_shape)
+        state = {
+            name: (x if num_batch == 0 else x.flatten(0, num_batch - 1)[i]).clone()
+            for name, x in self.state_dict().items()
+        }
+        member.load_state_dict(state)
+        return member
 
     # ------------------------------------------------------------ energies
 
@@ -93,12 +127,12 @@ class RBM(nn.Module):
         """The joint energy `E(v, h)`, `(..., D), (..., H) -> (...)`; low energy is likely."""
         v = self._check_units("v", v, self.num_visible)
         h = self._check_units("h", h, self.num_hidden)
-        return -(v @ self.b) - h @ self.c - ((v @ self.W) * h).sum(-1)
+        return -dot(v, self.b) - dot(h, self.c) - ((v @ self.W) * h).sum(-1)
 
     def free_energy(self, v: Tensor) -> Tensor:
         """The free energy `F(v) = -log sum_h exp(-E(v, h))`, `(..., D) -> (...)`."""
         v = self._check_units("v", v, self.num_visible)
-        return -(v @ self.b) - softplus(self.c + v @ self.W).sum(-1)
+        return -dot(v, self.b) - softplus(row(self.c) + v @ self.W).sum(-1)
 
     def log_prob(self, v: Tensor) -> Tensor:
         """The unnormalised log-probability `-F(v)`, `(..., D) -> (...)`; subtract `log_z`."""
@@ -113,15 +147,15 @@ class RBM(nn.Module):
         bounded and no product is computed twice. No gradient passes through.
 
         Returns:
-            an exact `LogZ` (standard error 0).
+            an exact `LogZ` (standard error 0), of the shape of the batch.
 
         Raises:
             ValueError: the smaller layer has more than 25 units.
         """
         weights, own, other = self.W.double(), self.b.double(), self.c.double()
         if self.num_hidden < self.num_visible:  # sum over h instead of v; v sums out in closed form
-            weights, own, other = weights.T, other, own
-        num_units = len(own)
+            weights, own, other = weights.mT, other, own
+        num_units = own.shape[-1]
         if num_units > MAX_ENUMERATED:
             raise ValueError(
                 f"log_z sums over all 2^n states of the smaller layer and stops at "
@@ -131,31 +165,52 @@ class RBM(nn.Module):
             )
         num_low = min(_LOW_BITS, num_units)
         low = binary_states(num_low, device=own.device, dtype=own.dtype)
-        low_input, low_bias = low @ weights[:num_low] + other, low @ own[:num_low]
+        low_input = low @ weights[..., :num_low, :] + row(other)
+        low_bias = dot(low, own[..., :num_low])
         high_bits = num_units - num_low
         high = (
             binary_states(high_bits, device=own.device, dtype=own.dtype)
             if high_bits
             else low[:1, :0]
         )
-        total = own.new_full((), -math.inf)
-        for row in high:
-            inputs = low_input + row @ weights[num_low:]
-            log_probs = low_bias + row @ own[num_low:] + softplus(inputs).sum(-1)
-            total = torch.logaddexp(total, log_probs.logsumexp(0))
+        total = own.new_full(self.batch_shape, -math.inf)
+        for bits in high:
+            inputs = low_input + row(bits @ weights[..., num_low:, :])
+            log_probs = low_bias + (own[..., num_low:] @ bits)[..., None] + softplus(inputs).sum(-1)
+            total = torch.logaddexp(total, log_probs.logsumexp(-1))
         return LogZ(total, 0.0)
+
+    def log_normalizer(self) -> Tensor:
+        """Log Z as a function of the parameters, to be differentiated, of the shape of the batch.
+
+        `log_z` gives the number alone, in float64, for larger machines.
+
+        Raises:
+            ValueError: the smaller layer has more than 16 units.
+        """
+        weights, own, other = (x.view_as(x) for x in (self.W, self.b, self.c))
+        if self.num_hidden < self.num_visible:
+            weights, own, other = weights.mT, other, own
+        if own.shape[-1] > _MAX_DIFFERENTIATED:
+            raise ValueError(
+                f"log_normalizer differentiates a sum over all 2^n states of the smaller layer and "
+                f"stops at n = {_MAX_DIFFERENTIATED}; this machine has {self.num_visible} visible "
+                f"and {self.num_hidden} hidden units. Learn it by PersistentChains instead."
+            )
+        states = binary_states(own.shape[-1], device=own.device, dtype=own.dtype)
+        return (dot(states, own) + softplus(states @ weights + row(other)).sum(-1)).logsumexp(-1)
 
     # ------------------------------------------------------------ conditionals and sampling
 
     def hidden_probs(self, v: Tensor) -> Tensor:
         """`P(h_j = 1 | v)` for every hidden unit, `(..., D) -> (..., H)`."""
         v = self._check_units("v", v, self.num_visible)
-        return torch.sigmoid(self.c + v @ self.W)
+        return torch.sigmoid(row(self.c) + v @ self.W)
 
     def visible_probs(self, h: Tensor) -> Tensor:
         """`P(v_i = 1 | h)` for every visible unit, `(..., H) -> (..., D)`."""
         h = self._check_units("h", h, self.num_hidden)
-        return torch.sigmoid(self.b + h @ self.W.T)
+        return torch.sigmoid(row(self.b) + h @ self.W.mT)
 
     @torch.no_grad()
     def sample_hidden(self, v: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -192,9 +247,45 @@ class RBM(nn.Module):
         check_generator(generator, self.W.device)
         v = self._check_units("v", v, self.num_visible)
         for _ in range(num_steps):
-            h = bernoulli(torch.sigmoid(self.c + v @ self.W), generator)
-            v = bernoulli(torch.sigmoid(self.b + h @ self.W.T), generator)
+            h = bernoulli(torch.sigmoid(row(self.c) + v @ self.W), generator)
+            v = bernoulli(torch.sigmoid(row(self.b) + h @ self.W.mT), generator)
         return v
+
+    def contrastive_step(
+        self,
+        v: Tensor,
+        num_steps: int = 1,
+        hidden_probs: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of a contrastive update and its chains, in one call with the fewest products.
+
+        An update by one sweep costs five products of a batch with W, where sampling, weighing and
+        differentiating one after the other cost six.
+
+        Args:
+            v: a mini-batch of data, `(n, D)`, or as the batch of machines needs it.
+            num_steps: k, number of Gibbs sweeps; all but the first cost two products.
+            hidden_probs: where persistent chains go on, `P(h = 1 | x)` as the last call returned
+                it, `(..., m, H)`; None starts chains at the data.
+            generator: source of randomness, on W's device.
+
+        Returns:
+            the scalar loss `mean log p~(x) - mean log p~(v)`, summed over a batch of machines and
+            ready for `backward()`; the particles `x`, `(..., m, D)`; and `P(h = 1 | x)`,
+            `(..., m, H)`.
+
+        Raises:
+            ValueError, TypeError: as `gibbs`.
+        """
+        from companion.models.rbm.phases import contrastive_step  # which imports this module
+
+        return contrastive_step(self, v, num_steps, hidden_probs, generator=generator)
+
+    def _gradients(self, g_weights: Tensor, g_b: Tensor, g_c: Tensor) -> dict[str, Tensor]:
+        """The gradients with respect to the parameters by name, from those for W, b and c."""
+        return {"W": g_weights, "b": g_b, "c": g_c}
 
     def annealing_path(self, base_bias: Tensor | None = None) -> RBMPath:
         """The path from independent units to this machine, with exact conditionals.
@@ -219,13 +310,14 @@ class RBM(nn.Module):
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`n` draws from independent units with the visible biases alone, `(n, D)`.
+        """`n` draws from independent units with the visible biases alone, `(*batch_shape, n, D)`.
 
         This is where Markov chains start: the machine's law if W were 0.
         """
         check_count("n", n)
         check_generator(generator, self.W.device)
-        return bernoulli(torch.sigmoid(self.b).expand(n, -1), generator)
+        probs = torch.sigmoid(self.b)[..., None, :]
+        return bernoulli(probs.expand(*self.batch_shape, n, -1), generator)
 
     # ------------------------------------------------------------ input checks
 
@@ -238,6 +330,8 @@ class RBM(nn.Module):
                 f"{name} must have shape (..., {num_units}), got {tuple(x.shape)}; the machine has "
                 f"{self.num_visible} visible and {self.num_hidden} hidden units"
             )
+        if self.batch_shape:
+            self._check_batch(name, x)
         if x.numel() == 0:
             raise ValueError(f"{name} is an empty batch: its shape is {tuple(x.shape)}")
         if x.device != self.W.device:
@@ -258,12 +352,34 @@ class RBM(nn.Module):
             )
         return x
 
+    def _check_batch(self, name: str, x: Tensor) -> None:
+        batch, given = self.batch_shape, tuple(x.shape[:-2])
+        if x.ndim < 2 or (given and given[-len(batch) :] != batch):
+            raise ValueError(
+                f"{name} must be (n, {x.shape[-1]}), the same states for all machines, or (..., "
+                f"{', '.join(map(str, batch))}, n, {x.shape[-1]}) for a batch of machines of shape "
+                f"{batch}; got {tuple(x.shape)}"
+            )
+
     def extra_repr(self) -> str:
         """Sizes, for `print(rbm)`."""
-        return f"num_visible={self.num_visible}, num_hidden={self.num_hidden}"
+        batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
+        return f"num_visible={self.num_visible}, num_hidden={self.num_hidden}{batch}"
 
 
 def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Zeros and ones with the given probabilities: three times as fast as `torch.bernoulli`."""
-    noise = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=probs.dtype)
+    # In 16 bits uniform numbers are multiples of 1/256 or so, and rare units would be on too often.
+    dtype = probs.dtype if probs.dtype.itemsize > 2 else torch.float32
+    noise = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=dtype)
     return (noise < probs).to(probs.dtype)
+
+
+def row(bias: Tensor) -> Tensor:
+    """A bias as it is added to states: for a batch of machines the same for all rows."""
+    return bias if bias.ndim == 1 else bias[..., None, :]
+
+
+def dot(x: Tensor, bias: Tensor) -> Tensor:
+    """The product of states and a bias, `(..., n, units), (*batch, units) -> (..., *batch, n)`."""
+    return x @ bias if bias.ndim == 1 else (x @ bias[..., None])[..., 0]

@@ -1,0 +1,275 @@
+"""Batches of machines, the fused contrastive step, and the centred machine."""
+
+import math
+
+import pytest
+import torch
+
+from companion.models.rbm import RBM, CentredRBM
+from companion.objectives import contrastive_divergence, maximum_likelihood
+from companion.objectives.contrastive import two_phases
+from companion.testing import binary_states
+
+F64 = torch.float64
+
+
+def randomize(rbm, rng, seed=0):
+    g = rng(seed, rbm.W.device)
+    with torch.no_grad():
+        for p in rbm.parameters():
+            noise = torch.randn(p.shape, generator=g, device=p.device, dtype=torch.float64)
+            p.copy_(noise + 0.2)
+    return rbm
+
+
+def grads(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+class Plain:
+    """A machine that offers no more than the protocol."""
+
+    def __init__(self, rbm):
+        self.log_prob, self.gibbs, self.sample_base = rbm.log_prob, rbm.gibbs, rbm.sample_base
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5)])
+def test_a_batch_is_its_machines_side_by_side(kind, sizes, rng, ledger):
+    batch = randomize(kind(*sizes, batch_shape=(2, 3), dtype=F64), rng)
+    machines = batch.unbind()
+    v = torch.randint(2, (2, 3, 7, sizes[0]), generator=rng(1))
+    h = torch.randint(2, (2, 3, 7, sizes[1]), generator=rng(2))
+    flat_v, flat_h = v.flatten(0, 1), h.flatten(0, 1)
+    for method, given in (
+        ("log_prob", (flat_v,)),
+        ("free_energy", (flat_v,)),
+        ("hidden_probs", (flat_v,)),
+        ("visible_probs", (flat_h,)),
+        ("energy", (flat_v, flat_h)),
+    ):
+        together = getattr(batch, method)(*(x.unflatten(0, (2, 3)) for x in given))
+        apart = [getattr(m, method)(*(x[i] for x in given)) for i, m in enumerate(machines)]
+        torch.testing.assert_close(together.flatten(0, 1), torch.stack(apart))
+    exact = torch.stack([m.log_z().value for m in machines]).view(2, 3)
+    torch.testing.assert_close(batch.log_z().value, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(batch.log_normalizer(), exact, rtol=0, atol=1e-12)
+    ledger(
+        f"log Z of a batch of machines, {kind.__name__} {sizes}",
+        exact=exact[1, 2],
+        estimate=batch.log_z().value[1, 2],
+    )
+    # the same rows for all machines
+    torch.testing.assert_close(batch.log_prob(v[1, 2])[1, 2], batch.log_prob(v)[1, 2])
+
+
+def test_each_machine_of_a_batch_gets_its_own_gradient(rng):
+    batch = randomize(RBM(5, 3, batch_shape=(4,), dtype=F64), rng)
+    v = torch.randint(2, (4, 6, 5), generator=rng(1))
+    x = torch.randint(2, (4, 9, 5), generator=rng(2))
+    for loss in (
+        lambda model, v, x: maximum_likelihood(model, v),
+        lambda model, v, x: two_phases(model, v, x),
+    ):
+        together = grads(loss(batch, v, x), batch)
+        for i, member in enumerate(batch.unbind()):
+            apart = grads(loss(member, v[i], x[i]), member)
+            for a, b in zip(together, apart, strict=True):
+                torch.testing.assert_close(a[i], b)
+
+
+def test_a_batch_keeps_its_laws_under_gibbs_sampling_and_along_its_path(rng):
+    batch = randomize(RBM(3, 2, batch_shape=(2,), dtype=F64), rng)
+    states, n = binary_states(3, dtype=F64), 50_000
+    weights = torch.tensor([4.0, 2.0, 1.0], dtype=F64)
+    path = batch.annealing_path()
+    assert path.base_log_z.shape == (2,) and path.sample_base(5).shape == (2, 5, 3)
+    laws = {
+        "gibbs": (lambda s: batch.log_prob(s), lambda x, g: batch.gibbs(x, 2, generator=g)),
+        "path": (lambda s: path.log_prob(s, 0.6), lambda x, g: path.step(x, 0.6, generator=g)),
+    }
+    for log_prob, move in laws.values():
+        pi = log_prob(states).detach().softmax(-1)
+        start = states[torch.multinomial(pi, n, replacement=True, generator=rng(3))]
+        end = (move(start, rng(4)) @ weights).long()
+        counts = torch.stack([torch.bincount(row, minlength=8) for row in end])
+        chi_square = ((counts - n * pi).square() / (n * pi)).sum(1)
+        assert (chi_square < 36.3).all()  # 7 degrees of freedom: below 1e-5 for both
+        swapped = ((counts.flip(0) - n * pi).square() / (n * pi)).sum(1)
+        assert (swapped > 100).all()  # the other machine's law is told apart
+    x = states.expand(2, -1, -1)
+    torch.testing.assert_close(path.log_prob(x, 1.0), batch.log_prob(x))
+    torch.testing.assert_close(path.profile(x)(0.3), path.log_prob(x, 0.3))
+
+
+def test_a_batch_says_which_shapes_it_takes(rng):
+    batch = RBM(5, 3, batch_shape=(4,), generator=rng(0))
+    for bad in (torch.zeros(5), torch.zeros(3, 7, 5), torch.zeros(4, 1, 7, 5)):
+        with pytest.raises(ValueError, match="for a batch of machines of shape"):
+            batch.log_prob(bad)
+    with pytest.raises(ValueError, match="batch_shape must be at least 1"):
+        RBM(5, 3, batch_shape=(0,))
+    assert "batch_shape=(4,)" in repr(batch)
+    assert batch.unbind()[0].batch_shape == ()
+
+
+def test_visible_biases_of_a_batch_come_from_the_data_of_each(rng):
+    batch = RBM(5, 3, batch_shape=(4,), dtype=F64)
+    v = torch.randint(2, (4, 50, 5), generator=rng(1))
+    batch.init_visible_bias(v)
+    single = RBM(5, 3, dtype=F64)
+    single.init_visible_bias(v[2])
+    torch.testing.assert_close(batch.b[2], single.b)
+    batch.init_visible_bias(v[2])
+    torch.testing.assert_close(batch.b, single.b.expand(4, -1))
+
+
+# ---------------------------------------------------------------- the fused step
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_fused_step_is_the_general_route(kind, batch_shape, num_steps, rng, device):
+    rbm = randomize(kind(6, 4, batch_shape=batch_shape, dtype=F64, device=device), rng)
+    for shape in ((8, 6), (*batch_shape, 8, 6), (2, *batch_shape, 8, 6)):
+        v = torch.randint(2, shape, generator=rng(1)).to(device)
+        fused = contrastive_divergence(rbm, v, num_steps, generator=rng(2, device))
+        general = contrastive_divergence(Plain(rbm), v, num_steps, generator=rng(2, device))
+        if len(shape) == 2 and batch_shape:  # the general route draws the same noise for all rows
+            x = rbm.contrastive_step(v, num_steps, generator=rng(2, device))[1]
+            general = two_phases(rbm, v, x)
+        torch.testing.assert_close(fused, general)
+        for a, b in zip(grads(fused, rbm), grads(general, rbm), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_fused_step_goes_on_from_the_hidden_units_it_returned(rng):
+    rbm = randomize(RBM(6, 4, dtype=F64), rng)
+    v = torch.randint(2, (8, 6), generator=rng(1))
+    _, x, probs = rbm.contrastive_step(v, generator=rng(2))
+    torch.testing.assert_close(probs, rbm.hidden_probs(x).detach())
+    loss, after, _ = rbm.contrastive_step(v[:3], 1, probs, generator=rng(3))
+    torch.testing.assert_close(after, rbm.gibbs(x, generator=rng(3)))
+    torch.testing.assert_close(loss, two_phases(rbm, v[:3], after))
+    assert not after.requires_grad and not probs.requires_grad
+
+
+def test_sixteen_bit_products_change_the_gradient_by_rounding_only(rng):
+    """Under autocast the products are in bfloat16; noise and parameters stay in float32."""
+    rbm = randomize(RBM(60, 40), rng)
+    with torch.no_grad():
+        rbm.W.mul_(0.2)
+    v = torch.randint(2, (500, 60), generator=rng(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, x, _ = rbm.contrastive_step(v, generator=rng(2))
+    loss.backward()
+    assert rbm.W.grad.dtype == torch.float32
+    exact = grads(two_phases(rbm, v, x.float()), rbm)
+    for p, g in zip(rbm.parameters(), exact, strict=True):
+        assert (p.grad - g).abs().max() < 0.01
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+
+
+def test_rare_units_of_a_sixteen_bit_machine_are_as_rare_as_they_should_be(rng):
+    rbm = RBM(20, 2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        rbm.b.fill_(math.log(0.0005 / 0.9995))
+    n = 50_000 * 20
+    share = rbm.sample_base(50_000, generator=rng(0)).double().mean().item()
+    p = torch.sigmoid(rbm.b)[0].item()
+    assert abs(share - p) < 4.5 * math.sqrt(p / n)
+    # negative control: uniform numbers of 16 bits are multiples of 1/256
+    coarse = (torch.rand(50_000, 20, generator=rng(0), dtype=torch.bfloat16) < p).double().mean()
+    assert abs(coarse.item() - p) > 20 * math.sqrt(p / n)
+
+
+# ---------------------------------------------------------------- centring
+
+
+def test_a_centred_machine_is_the_plain_machine_with_other_biases(rng, ledger):
+    centred = randomize(CentredRBM(4, 3, dtype=F64), rng)
+    with torch.no_grad():
+        centred.visible_offset.copy_(torch.tensor([0.1, 0.9, 0.4, 0.6]))
+        centred.hidden_offset.copy_(torch.tensor([0.2, 0.7, 0.5]))
+    vs, hs = binary_states(4, dtype=F64), binary_states(3, dtype=F64)
+    mu, lam = centred.visible_offset, centred.hidden_offset
+    minus_energy = (
+        ((vs - mu) @ centred.centred_b)[:, None]
+        + ((hs - lam) @ centred.centred_c)[None]
+        + (vs - mu) @ centred.W @ (hs - lam).T
+    ).detach()
+    joint = minus_energy.flatten().softmax(0).view(16, 8)
+    law = (centred.log_prob(vs) - centred.log_z().value).exp().detach()
+    torch.testing.assert_close(joint.sum(1), law)
+    ledger("centred RBM: probability of one state", exact=joint.sum(1)[5], estimate=law[5])
+
+
+def test_recentring_moves_the_offsets_and_not_the_law(rng):
+    centred = randomize(CentredRBM(4, 3, batch_shape=(2,), dtype=F64), rng)
+    vs = binary_states(4, dtype=F64)
+    before = centred.log_prob(vs) - centred.log_z().value[:, None]
+    v = torch.randint(2, (2, 30, 4), generator=rng(1))
+    centred.recentre(v, rate=1.0)
+    torch.testing.assert_close(centred.visible_offset, v.double().mean(1))
+    torch.testing.assert_close(centred.hidden_offset, centred.hidden_probs(v).mean(1).detach())
+    torch.testing.assert_close(centred.log_prob(vs) - centred.log_z().value[:, None], before)
+    with pytest.raises(ValueError, match="rate"):
+        centred.recentre(v, rate=0.0)
+
+
+def test_the_centred_gradient_of_the_weights_is_a_difference_of_covariances(rng, ledger):
+    centred = randomize(CentredRBM(4, 3, dtype=F64), rng)
+    v = torch.randint(2, (30, 4), generator=rng(1))
+    centred.recentre(v, rate=1.0)
+    g_weights, g_b, _ = grads(maximum_likelihood(centred, v), centred)
+    vs, mu, lam = binary_states(4, dtype=F64), centred.visible_offset, centred.hidden_offset
+    pi = (centred.log_prob(vs) - centred.log_z().value).exp().detach()
+    data = v.double()
+
+    def moment(weights, x):
+        hidden = centred.hidden_probs(x).detach()
+        return torch.einsum("n,ni,nj->ij", weights, x - mu, hidden - lam)
+
+    share = data.new_full((30,), 1 / 30)
+    exact = moment(pi, vs) - moment(share, data)
+    torch.testing.assert_close(g_weights, exact)
+    ledger("centred RBM: gradient of W[0, 0]", exact=exact[0, 0], estimate=g_weights[0, 0])
+    torch.testing.assert_close(g_b, pi @ vs - data.mean(0))
+    plain = RBM(4, 3, dtype=F64)
+    with torch.no_grad():
+        for name in ("W", "b", "c"):
+            getattr(plain, name).copy_(getattr(centred, name))
+    assert (grads(maximum_likelihood(plain, v), plain)[0] - exact).abs().max() > 0.01
+
+
+def test_centred_learning_does_not_see_which_state_is_called_one(rng):
+    """A gradient step on data and on their complement leads to complementary laws."""
+
+    def after_a_step(kind, v, flip):
+        rbm = randomize(kind(4, 3, dtype=F64), rng)
+        plain = [x.detach().clone() for x in (rbm.W, rbm.b, rbm.c)]
+        if flip:  # the machine of 1 - v: W -> -W, b -> -b, c -> c + sum_i W_i
+            plain = [-plain[0], -plain[1], plain[2] + plain[0].sum(0)]
+        with torch.no_grad():
+            rbm.W.copy_(plain[0])
+            if kind is CentredRBM:
+                rbm.visible_offset.copy_(v.double().mean(0))
+                rbm.hidden_offset.fill_(0.3)
+                rbm.centred_b.copy_(plain[1] + plain[0] @ rbm.hidden_offset)
+                rbm.centred_c.copy_(plain[2] + rbm.visible_offset @ plain[0])
+            else:
+                rbm.b.copy_(plain[1])
+                rbm.c.copy_(plain[2])
+        for p, g in zip(rbm.parameters(), grads(maximum_likelihood(rbm, v), rbm), strict=True):
+            p.data.sub_(0.5 * g)
+        states = binary_states(4, dtype=F64)
+        return (rbm.log_prob(states) - rbm.log_z().value).exp().detach()
+
+    v = torch.randint(2, (30, 4), generator=rng(1))
+    for kind, same in ((CentredRBM, True), (RBM, False)):
+        law, flipped = after_a_step(kind, v, False), after_a_step(kind, 1 - v, True)
+        assert torch.allclose(law, flipped.flip(0), atol=1e-10) == same

@@ -1,0 +1,279 @@
+"""Chains that go on between updates: what they follow, and the gradients that they give."""
+
+import math
+
+import pytest
+import torch
+
+from companion.models.rbm import RBM
+from companion.objectives import (
+    FastPersistentChains,
+    PersistentChains,
+    TemperedChains,
+    maximum_likelihood,
+    pseudolikelihood,
+)
+from companion.objectives.contrastive import two_phases
+from companion.testing import binary_states
+from tests.objectives.exact_gradients import (
+    DATA,
+    F64,
+    exact_gradient,
+    flat_grad,
+    index,
+    largest_z,
+    machine,
+    state_grads,
+)
+
+LIMIT = 5.1  # 11 components: Bonferroni keeps the false-alarm rate below 1e-5
+BETAS = torch.tensor([0.0, 0.4, 0.7, 1.0], dtype=F64)
+
+
+class Plain:
+    """A machine that offers no more than the protocol: objectives take the general route."""
+
+    def __init__(self, rbm):
+        self.rbm = rbm
+        self.log_prob, self.gibbs, self.sample_base = rbm.log_prob, rbm.gibbs, rbm.sample_base
+
+
+def exact_draws(log_prob, n, rng, seed):
+    states = binary_states(3, dtype=F64)
+    pi = log_prob(states).detach().softmax(0)
+    return states[torch.multinomial(pi, n, replacement=True, generator=rng(seed))]
+
+
+# ---------------------------------------------------------------- exact likelihood
+
+
+def test_maximum_likelihood_is_the_exact_loss_by_either_sum(rng, ledger):
+    rbm = machine(rng)
+    exact = rbm.log_z().value - rbm.log_prob(DATA).mean()
+    for name, model in (("the machine's own sum", rbm), ("a sum over visible states", Plain(rbm))):
+        loss = maximum_likelihood(model, DATA)
+        ledger(f"negative log-likelihood by {name}", exact=exact.detach(), estimate=loss.detach())
+        torch.testing.assert_close(flat_grad(loss, rbm), exact_gradient(rbm, DATA))
+
+
+def test_maximum_likelihood_says_when_it_would_have_to_sum_too_much(rng):
+    rbm = RBM(17, 17, generator=rng(0))
+    v = torch.zeros(2, 17)
+    with pytest.raises(ValueError, match="stops at n = 16; this machine has 17 visible"):
+        maximum_likelihood(rbm, v)
+    with pytest.raises(ValueError, match="stops at n = 16, but v has 17 units"):
+        maximum_likelihood(Plain(rbm), v)
+
+
+# ---------------------------------------------------------------- persistent chains
+
+
+def test_the_chains_of_the_fused_route_follow_the_law_of_the_general_one(rng):
+    """From an exact start both leave the law alone; one that forgets a layer's bias does not."""
+    rbm, n = machine(rng), 100_000
+    pi = rbm.log_prob(binary_states(3, dtype=F64)).detach().softmax(0)
+    chains = PersistentChains(rbm, n, generator=rng(1))
+    chains.x = exact_draws(rbm.log_prob, n, rng, 2)
+    for _ in range(3):
+        loss = chains.loss(DATA)
+    torch.testing.assert_close(loss, two_phases(rbm, DATA, chains.x))
+
+    def chi_square(x):
+        counts = torch.bincount(index(x), minlength=8)
+        return ((counts - n * pi).square() / (n * pi)).sum().item()
+
+    assert chi_square(chains.x) < 36.3  # 7 degrees of freedom: 1e-5 is at 35.3 or so
+    chains.hidden_probs = torch.sigmoid(chains.x @ rbm.W.detach())
+    chains.loss(DATA)
+    assert chi_square(chains.x) > 100
+
+
+# ---------------------------------------------------------------- fast weights
+
+
+def test_fast_weights_learn_by_the_same_gradient_and_fade(rng):
+    rbm = machine(rng)
+    chains = FastPersistentChains(rbm, 20, fast_rate=0.3, decay=0.9, generator=rng(1))
+    by_hand = torch.zeros(11, dtype=F64)
+    for _ in range(3):
+        gradient = flat_grad(chains.loss(DATA), rbm)
+        torch.testing.assert_close(gradient, flat_grad(two_phases(rbm, DATA, chains.x), rbm))
+        by_hand = 0.9 * by_hand - 0.3 * gradient
+    torch.testing.assert_close(chains.fast, by_hand)
+    assert chains.fast.norm() > 0.1
+
+
+def test_the_chains_follow_slow_and_fast_weights_together(rng):
+    """Under constant fast weights the chains' law is that of the machine with both added."""
+    rbm, n = machine(rng), 100_000
+    both = machine(rng)
+    fast = 0.7 * torch.randn(11, generator=rng(5), dtype=F64)
+    with torch.no_grad():
+        flat = torch.nn.utils.parameters_to_vector(both.parameters()) + fast
+        torch.nn.utils.vector_to_parameters(flat, both.parameters())
+    chains = FastPersistentChains(rbm, n, fast_rate=1e-9, decay=0.0, generator=rng(1))
+    chains.x = exact_draws(both.log_prob, n, rng, 2)
+    chains.fast = fast
+    chains.loss(DATA)
+    states = binary_states(3, dtype=F64)
+    counts = torch.bincount(index(chains.x), minlength=8)
+    for model, follows in ((both, True), (rbm, False)):
+        expected = n * model.log_prob(states).detach().softmax(0)
+        chi_square = ((counts - expected).square() / expected).sum()
+        assert (chi_square < 36.3) == follows, chi_square
+
+
+def test_without_fast_weights_the_method_is_persistent_chains(rng):
+    rbm = machine(rng)
+    fast = FastPersistentChains(rbm, 20, fast_rate=1e-300, generator=rng(1))
+    slow = PersistentChains(Plain(rbm), 20, generator=rng(1))
+    for _ in range(3):
+        torch.testing.assert_close(
+            flat_grad(fast.loss(DATA), rbm), flat_grad(slow.loss(DATA), rbm), rtol=0, atol=1e-12
+        )
+        assert torch.equal(fast.x, slow.x)
+
+
+# ---------------------------------------------------------------- a ladder of machines
+
+
+def test_tempered_chains_in_equilibrium_give_the_exact_gradient(rng, ledger, monkeypatch):
+    rbm, n = machine(rng), 50_000
+    path, grads, exact = rbm.annealing_path(), state_grads(rbm), exact_gradient(rbm, DATA)
+
+    def per_chain(num_steps):
+        chains = TemperedChains(rbm, n, BETAS, generator=rng(1))
+        chains.replicas = torch.stack(
+            [
+                exact_draws(lambda v, beta=beta: path.log_prob(v, beta), n, rng, 10 + i)
+                for i, beta in enumerate(BETAS.tolist())
+            ]
+        )
+        loss = chains.loss(DATA, num_steps)
+        torch.testing.assert_close(loss, two_phases(rbm, DATA, chains.x))
+        swap_prob.append(chains.swap_prob)
+        return grads[index(chains.x)] - grads[index(DATA)].mean(0)
+
+    swap_prob = []
+    found = per_chain(3)
+    assert ((swap_prob[0] > 0.03) & (swap_prob[0] < 0.97)).all()
+    assert largest_z(found, exact) < LIMIT
+    ledger(
+        "tempered chains in equilibrium: gradient of W[0, 0]",
+        exact=exact[0],
+        estimate=found[:, 0].mean(),
+        std_error=found[:, 0].std() / math.sqrt(n),
+    )
+    # negative control: every swap accepted
+    from companion.objectives import persistent
+
+    monkeypatch.setattr(
+        persistent, "swap_step", lambda levels, active, u: swap_always(levels, active, u)
+    )
+    assert largest_z(per_chain(3), exact) > 20
+
+
+def swap_always(levels, active, uniform):
+    from companion.tempering import swap_step
+
+    return swap_step(levels * 1e-3, active, uniform)
+
+
+def test_tempered_chains_cross_where_plain_ones_do_not(rng):
+    """Two modes of weights 3 : 1: untempered chains stay where they are, on either side."""
+    rbm = RBM(8, 2, dtype=F64)
+    with torch.no_grad():
+        rbm.W[:, 0], rbm.b[:], rbm.c[:] = 8.0, -4.0, 0.0
+        rbm.c[0] = -8.0 * 4 + math.log(3.0)  # all on is three times as likely as all off
+        rbm.W[:, 1] = 0.0
+    v = torch.ones(1, 8, dtype=F64)
+    ones = torch.ones(400, 8, dtype=F64)
+    plain = PersistentChains(rbm, 400, generator=rng(1))
+    plain.x = ones
+    betas = torch.linspace(0, 1, 12)
+    tempered = TemperedChains(rbm, 400, betas, generator=rng(2))
+    tempered.replicas = ones.expand(12, -1, -1)
+    plain.loss(v, 300)
+    tempered.loss(v, 300)
+    exact = rbm.log_prob(binary_states(8, dtype=F64)).detach().softmax(0)
+    on = exact[binary_states(8).mean(1) > 0.5].sum().item()
+    assert plain.x.mean() > 0.95  # never left the mode they began in
+    share = (tempered.x.mean(1) > 0.5).double().mean().item()
+    assert abs(share - on) < 4.5 * math.sqrt(on * (1 - on) / 400), (share, on)
+    assert on < 0.9
+
+
+def test_a_ladder_of_one_rung_is_persistent_chains(rng):
+    rbm = machine(rng)
+    tempered = TemperedChains(rbm, 20, [1.0], generator=rng(1))
+    slow = PersistentChains(Plain(rbm), 20, generator=rng(2))
+    slow.x, slow.generator = tempered.x, rng(3)
+    tempered.generator = rng(3)
+    for _ in range(2):
+        torch.testing.assert_close(tempered.loss(DATA, 2), slow.loss(DATA, 2))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def every_method(model, device, rng):
+    return [
+        PersistentChains(model, 6, generator=rng(1, device)),
+        FastPersistentChains(model, 6, fast_rate=0.1, generator=rng(1, device)),
+        TemperedChains(model, 6, BETAS.tolist(), generator=rng(1, device)),
+    ]
+
+
+def test_chains_go_on_where_a_saved_state_left_off(rng):
+    rbm = machine(rng)
+    for first, second in zip(
+        every_method(rbm, "cpu", rng), every_method(rbm, "cpu", rng), strict=True
+    ):
+        first.loss(DATA)
+        saved = {name: value.clone() for name, value in first.state_dict().items()}
+        expected = first.loss(DATA)
+        second.generator.manual_seed(99)
+        second.load_state_dict(saved)
+        torch.testing.assert_close(second.loss(DATA), expected, rtol=0, atol=0)
+        assert torch.equal(first.x, second.x)
+        with pytest.raises(ValueError, match="saved chains are"):
+            type(first).load_state_dict(
+                every_method(RBM(4, 2, dtype=F64), "cpu", rng)[0]
+                if isinstance(first, PersistentChains)
+                else second,
+                {**saved, second._saved[0]: saved[second._saved[0]][..., :2]},
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_all_methods_follow_device_and_dtype_and_train_batches_of_machines(dtype, rng, device):
+    batch = RBM(3, 2, batch_shape=(4,), generator=rng(0, device), dtype=dtype, device=device)
+    for model in (machine(rng, dtype=dtype, device=device), batch):
+        for chains in every_method(model, device, rng):
+            with torch.device("meta") if device.type == "cpu" else device:
+                loss = chains.loss(DATA.to(device), 2)
+            assert loss.shape == () and loss.dtype == dtype and loss.device.type == device.type
+            loss.backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+            assert chains.x.shape == (*model.batch_shape, 6, 3)
+
+
+def test_bad_input_is_refused_before_any_chain_moves(rng):
+    rbm = machine(rng)
+    for chains in every_method(rbm, "cpu", rng):
+        before = chains.x.clone()
+        for bad in (DATA[:, :2], DATA.double() * 0.5, DATA[:0], DATA.double() * math.nan):
+            with pytest.raises(ValueError, match="v "):
+                chains.loss(bad)
+        with pytest.raises(ValueError, match="num_steps must be at least 1"):
+            chains.loss(DATA, 0)
+        assert torch.equal(chains.x, before)
+    with pytest.raises(ValueError, match="fast_rate"):
+        FastPersistentChains(rbm, 6, fast_rate=-0.1)
+    with pytest.raises(ValueError, match="decay"):
+        FastPersistentChains(rbm, 6, fast_rate=0.1, decay=1.0)
+    with pytest.raises(ValueError, match="betas must ascend"):
+        TemperedChains(rbm, 6, [0.5, 0.2, 1.0])
+    with pytest.raises(ValueError, match="num_chains must be at least 1"):
+        TemperedChains(rbm, 0, [0.0, 1.0])
+    assert pseudolikelihood(rbm, DATA).isfinite()
