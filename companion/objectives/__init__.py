@@ -15,6 +15,7 @@ from companion.objectives.contrastive import (
     contrastive_divergence,
     maximum_likelihood,
 )
+from companion.objectives.noise import noise_contrastive
 from companion.objectives.persistent import FastPersistentChains, PersistentChains, TemperedChains
 from companion.objectives.score import score_matching, sliced_score_matching
 
@@ -26,6 +27,7 @@ __all__ = [
     "contrastive_divergence",
     "generalized_pseudolikelihood",
     "maximum_likelihood",
+    "noise_contrastive",
     "pseudolikelihood",
     "ratio_matching",
     "score_matching",
