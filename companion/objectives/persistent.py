@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from companion.core import AnnealingPath, with_gradients
 from companion.inputs import check_count, check_generator, check_real
-from companion.objectives.contrastive import GibbsModel
 from companion.tempering import check_betas, profile, swap_step
 
 __all__ = ["FastPersistentChains", "PersistentChains", "TemperedChains"]
