@@ -15,6 +15,11 @@ from companion.objectives.contrastive import (
     contrastive_divergence,
     maximum_likelihood,
 )
+from companion.objectives.denoising import (
+    annealed_langevin,
+    denoising_score_matching,
+    tweedie,
+)
 from companion.objectives.noise import noise_contrastive
 from companion.objectives.persistent import FastPersistentChains, PersistentChains, TemperedChains
 from companion.objectives.score import score_matching, sliced_score_matching
@@ -24,7 +29,9 @@ __all__ = [
     "GibbsModel",
     "PersistentChains",
     "TemperedChains",
+    "annealed_langevin",
     "contrastive_divergence",
+    "denoising_score_matching",
     "generalized_pseudolikelihood",
     "maximum_likelihood",
     "noise_contrastive",
@@ -32,4 +39,5 @@ __all__ = [
     "ratio_matching",
     "score_matching",
     "sliced_score_matching",
+    "tweedie",
 ]
