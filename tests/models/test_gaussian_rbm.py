@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from companion.core import Kernel
-from companion.models.rbm.gaussian import GaussianRBM
-from companion.objectives import PersistentChains, contrastive_divergence
+from companion.models.rbm import GaussianRBM
+from companion.objectives import (
+    PersistentChains,
+    contrastive_divergence,
+    maximum_likelihood,
+    score_matching,
+)
 from companion.testing import assert_invariant, binary_states, invariance_test
 
 F64 = torch.float64
@@ -149,8 +154,7 @@ def test_the_score_and_its_divergence_are_those_of_the_mixture(rng):
         second = [torch.autograd.grad(score[:, i].sum(), v, create_graph=True)[0] for i in (0, 1)]
         divergence = second[0][:, 0] + second[1][:, 1]
         loss = (0.5 * score.square().sum(-1) + divergence).mean()
-        parameters = torch.autograd.grad(loss, list(rbm.parameters()))
-        return score, divergence, torch.cat([p.flatten() for p in parameters])
+        return score, divergence, loss, flat(torch.autograd.grad(loss, list(rbm.parameters())))
 
     found, exact = derivatives(rbm.log_prob), derivatives(mixture(rbm)[1].log_prob)
     for ours, theirs in zip(found, exact, strict=True):
@@ -158,7 +162,9 @@ def test_the_score_and_its_divergence_are_those_of_the_mixture(rng):
     variance = rbm.log_variance.exp()
     by_hand = (rbm.b - v + rbm.hidden_probs(v) @ rbm.W.T) / variance
     torch.testing.assert_close(found[0], by_hand, rtol=0, atol=1e-12)
-    assert (found[2] != 0).all()
+    assert (found[3] != 0).all()
+    own = score_matching(rbm, v.detach())
+    torch.testing.assert_close(own, found[2], rtol=1e-10, atol=0)
 
 
 def flat(grads):
@@ -176,6 +182,16 @@ def test_the_likelihood_gradient_has_two_phases(rng, ledger):
     found = flat(torch.autograd.grad(weights @ log_prob, parameters))
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-8)
     ledger("Gaussian RBM: d log Z / d W[0, 0]", exact=exact[0].item(), estimate=found[0].item())
+
+
+def test_exact_maximum_likelihood_differentiates_the_mixture(rng):
+    rbm, v = machine(2, 3, rng), points(6, 2, rng)
+    parameters = list(rbm.parameters())
+    loss, exact = maximum_likelihood(rbm, v), -mixture(rbm)[1].log_prob(v).mean()
+    torch.testing.assert_close(loss, exact, rtol=1e-11, atol=0)
+    found = flat(torch.autograd.grad(loss, parameters))
+    by_hand = flat(torch.autograd.grad(exact, parameters))
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-10)
 
 
 def test_persistent_chains_in_equilibrium_give_the_exact_gradient(rng, ledger):

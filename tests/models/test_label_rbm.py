@@ -8,9 +8,14 @@ import torch
 from scipy.stats import chisquare
 
 from companion.core import Kernel
-from companion.models.rbm import RBM
-from companion.models.rbm.labels import LabelRBM
-from companion.objectives import PersistentChains, contrastive_divergence, pseudolikelihood
+from companion.models.rbm import RBM, LabelRBM
+from companion.objectives import (
+    PersistentChains,
+    contrastive_divergence,
+    generalized_pseudolikelihood,
+    maximum_likelihood,
+    pseudolikelihood,
+)
 from companion.testing import (
     assert_invariant,
     binary_states,
@@ -170,6 +175,24 @@ def test_the_cross_entropy_has_the_exact_discriminative_gradient(rng):
     torch.testing.assert_close(flat_grad(loss, rbm), exact, rtol=0, atol=1e-12)
     generative = flat_grad(-clamped.mean(), rbm)
     assert (generative - exact).abs().max() > 0.1
+
+
+def test_exact_maximum_likelihood_has_the_enumerated_gradient(rng):
+    rbm = machine(3, 4, 2, rng)
+    v = rbm.join(*data(rbm))
+    exact = (-joint_energies(rbm)[1]).logsumexp((0, 1)) - rbm.log_prob(v).mean()
+    found = maximum_likelihood(rbm, v)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flat_grad(found, rbm), flat_grad(exact, rbm), rtol=0, atol=1e-12)
+
+
+def test_the_label_as_a_block_of_the_pseudolikelihood_is_the_cross_entropy(rng):
+    rbm = machine(3, 4, 2, rng)
+    x, labels = data(rbm)
+    block = (torch.arange(3, 7), torch.eye(4))
+    found = generalized_pseudolikelihood(rbm, rbm.join(x, labels), [block])
+    exact = torch.nn.functional.nll_loss(rbm.class_log_probs(x), labels)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
 
 def test_contrastive_divergence_takes_it_as_it_is(rng):

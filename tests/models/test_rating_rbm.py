@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from companion.core import Kernel
-from companion.models.rbm.ratings import RatingRBM
+from companion.models.rbm import RatingRBM
 from companion.objectives import PersistentChains, contrastive_divergence
 from companion.testing import (
     assert_invariant,

@@ -138,6 +138,11 @@ class GaussianRBM(nn.Module):
         Raises:
             ValueError: there are more than 25 hidden units.
         """
+        return LogZ(self.log_normalizer(), 0.0)
+
+    def log_normalizer(self) -> Tensor:
+        """`log_z().value` as a differentiable scalar, float64, so that the exact likelihood can be
+        maximised (`companion.objectives.maximum_likelihood`); its graph keeps all 2^H means."""
         b, log_variance = self.b.double(), self.log_variance.double()
         precision = torch.exp(-log_variance)
 
@@ -145,7 +150,7 @@ class GaussianRBM(nn.Module):
             return 0.5 * ((mean - b) * (mean + b)) @ precision
 
         total = log_sum_states(self.W.T, self.c, b, integrate)
-        return LogZ(total + 0.5 * (math.log(2.0 * math.pi) + log_variance).sum(), 0.0)
+        return total + 0.5 * (math.log(2.0 * math.pi) + log_variance).sum()
 
     # ------------------------------------------------------------ conditionals and sampling
 

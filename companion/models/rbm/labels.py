@@ -35,7 +35,8 @@ class LabelRBM(nn.Module):
     taken apart by `split`, so objectives and samplers take it as they take states of an `RBM`. The
     label's units are one unit of K states, though, not K binary ones: an objective that flips
     single binary units (pseudolikelihood, ratio matching) would leave the states that exist and is
-    refused with a sentence. Take one that knows of blocks.
+    refused with a sentence. `generalized_pseudolikelihood` takes the label as a block,
+    `(D + arange(K), eye(K))`.
 
     Three ways to learn, after Larochelle and Bengio (2008): *generative*, the likelihood of (x, y)
     (`contrastive_divergence`, `PersistentChains`); *discriminative*, the cross-entropy
@@ -179,13 +180,18 @@ class LabelRBM(nn.Module):
         Raises:
             ValueError: there are more than 25 hidden units.
         """
+        return LogZ(self.log_normalizer(), 0.0)
+
+    def log_normalizer(self) -> Tensor:
+        """`log_z().value` as a differentiable scalar, float64, so that the exact likelihood can be
+        maximised (`companion.objectives.maximum_likelihood`); its graph keeps all 2^H inputs."""
         weights, bias = self._visible_parameters()
 
         def sum_out(inputs: Tensor) -> Tensor:
             x, label = inputs[:, : self.num_visible], inputs[:, self.num_visible :]
             return softplus(x).sum(-1) + label.logsumexp(-1)
 
-        return LogZ(log_sum_states(weights.T, self.c, bias, sum_out), 0.0)
+        return log_sum_states(weights.T, self.c, bias, sum_out)
 
     # ------------------------------------------------------------ conditionals and sampling
 
@@ -300,7 +306,8 @@ class LabelRBM(nn.Module):
             raise ValueError(
                 f"the last {self.num_labels} units of v are one label: exactly one of them is on, "
                 f"but at index {first} there are {int(total[first])}. Make joint states with join; "
-                "an objective that flips single units does not apply to labels."
+                "an objective that flips single units does not apply to labels; "
+                "generalized_pseudolikelihood takes them as a block."
             )
         return v
 

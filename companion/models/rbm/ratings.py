@@ -37,7 +37,7 @@ class RatingRBM(nn.Module):
     items and keeps the others missing, so each particle belongs to the machine of its user.
     `PersistentChains` does not apply: users who rated different items are different machines, with
     different laws and partition functions, so no set of chains serves them all. (It would take one
-    chain for each user.) That is why `sample_base` asks which items are rated.
+    chain for each user.) That is why `sample_base` and `log_z` ask which items are rated.
 
     Weights start as independent normal draws of standard deviation 0.01 and biases at 0;
     `init_from_data` sets the visible biases.

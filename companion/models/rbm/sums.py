@@ -19,7 +19,6 @@ _BLOCK_BITS = 12  # at most 2^12 states in a block
 _BLOCK_NUMBERS = 22  # and at most 2^22 numbers: 32 MiB of the other layer's inputs
 
 
-@torch.no_grad()
 def log_sum_states(
     weights: Tensor, own: Tensor, other: Tensor, sum_out: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -28,8 +27,8 @@ def log_sum_states(
         log sum_{h in {0,1}^n} exp(own.h + f(other + h.weights))
 
     The inputs of a block of states are those of a table of all patterns of the first few units plus
-    one row for the other units, so memory stays bounded and no product is computed twice. No
-    gradient passes through.
+    one row for the other units, so no product is computed twice and, without gradients, memory
+    stays bounded.
 
     Args:
         weights: `(n, m)`, from the layer that is summed over to the other one.
