@@ -120,6 +120,13 @@ def test_only_stale_notebooks_are_run_unless_asked_for(
 # ---------------------------------------------------------------- run and store
 
 
+@pytest.fixture
+def quick_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that need not be timed do without the measurement, which takes longer than they do."""
+    monkeypatch.setattr(execute, "measure_yardstick", lambda: execute.YARDSTICK_SECONDS)
+
+
+@pytest.mark.usefixtures("quick_yardstick")
 def test_a_run_stores_outputs_and_leaves_no_noise(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.ipynb",
@@ -152,10 +159,8 @@ def test_a_run_stores_outputs_and_leaves_no_noise(tmp_path: Path) -> None:
     assert again == raw
 
 
-def test_the_time_of_a_run_is_that_of_its_computations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(execute, "measure_yardstick", lambda: execute.YARDSTICK_SECONDS)
+@pytest.mark.usefixtures("quick_yardstick")
+def test_the_time_of_a_run_is_that_of_its_computations(tmp_path: Path) -> None:
     busy = "import time\nend = time.process_time() + 2\nwhile time.process_time() < end: pass"
     working = execute.run(write(tmp_path / "a.ipynb", busy))
     waiting = execute.run(write(tmp_path / "b.ipynb", "import time\ntime.sleep(2)"))
@@ -170,6 +175,7 @@ def test_equal_cells_have_different_identities() -> None:
     nbformat.validate(notebook)
 
 
+@pytest.mark.usefixtures("quick_yardstick")
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
@@ -189,6 +195,7 @@ def test_a_notebook_that_goes_wrong_keeps_its_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("quick_yardstick")
 def test_a_notebook_that_is_edited_while_it_runs_is_not_overwritten(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "open('a.ipynb', 'a').write(' ')")
     with pytest.raises(execute.NotebookError, match="edited while it ran"):
@@ -205,6 +212,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert [stored(path) for path in paths] == ["0\n", "1\n"]
 
 
+@pytest.mark.usefixtures("quick_yardstick")
 def test_a_failing_cell_fails_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ are held to `CHAPTER_CHECKS`, the pages to `PAGE_CHECKS` and all of them togethe
 import ast
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -156,7 +157,7 @@ def glue_matches_the_prose(page: Page) -> Iterator[str]:
     for name in sorted({name for name in glued if glued.count(name) > 1}):
         yield f"{name!r} is glued more than once"
     used |= {name for name in glued if name.removesuffix("-se") in used}  # an error need not be
-    for name in sorted(set(glued) - used - _borrowed(page.root, page.path)):
+    for name in sorted(set(glued) - used - _borrowed(page.root)[page.path.resolve()]):
         yield f"{name!r} is glued and never used"
     for cell in page.code_cells:
         if re.search(r"\bmyst_nb\b|scrapbook", cell.source):
@@ -420,14 +421,14 @@ def _glue_reference(text: str) -> tuple[str, str]:
 
 
 @cache
-def _borrowed(root: Path, path: Path) -> set[str]:
-    """The names glued in `path` that other pages use, as `path::name:s`."""
-    names = set()
+def _borrowed(root: Path) -> dict[Path, set[str]]:
+    """For each page the names glued there that other pages use, as `path::name:s`."""
+    names: dict[Path, set[str]] = defaultdict(set)
     for other in (load(p, root) for suffix in (".ipynb", ".md") for p in page_paths(suffix, root)):
         for role in other.all("role", "glue:text"):
             target, name = _glue_reference(role.text)
-            if target and (other.path.parent / target).resolve() == path.resolve():
-                names.add(name)
+            if target:
+                names[(other.path.parent / target).resolve()].add(name)
     return names
 
 
