@@ -16,7 +16,7 @@ from companion.core import LogZ
 from companion.inputs import check_count, check_generator, check_real
 from companion.logz import enumeration
 from companion.models.rbm.model import bernoulli
-from companion.models.units import check_units
+from companion.models.rbm.units import check_binary, small_weights
 from companion.testing import exact_distribution
 
 __all__ = ["BoltzmannMachine"]
@@ -70,12 +70,8 @@ class BoltzmannMachine(nn.Module):
     ) -> None:
         super().__init__()
         self.num_units = check_count("num_units", num_units)
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
-        couplings = torch.empty(num_units, num_units, device=device, dtype=dtype)
-        check_generator(generator, couplings.device)
-        self.J = nn.Parameter(couplings.normal_(0.0, 0.01, generator=generator))
+        size = (num_units, num_units)
+        self.J = small_weights(*size, generator=generator, device=device, dtype=dtype)
         self.b = nn.Parameter(torch.zeros(num_units, device=device, dtype=dtype))
 
     @property
@@ -186,7 +182,7 @@ class BoltzmannMachine(nn.Module):
         return ((index[:, None] >> bit) & 1).to(self.b.dtype)
 
     def _check(self, v: Tensor) -> Tensor:
-        return check_units("v", v, self.num_units, self.b)
+        return check_binary("v", v, self.num_units, self.b)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(machine)`."""
