@@ -36,7 +36,8 @@ def pseudolikelihood(
 
     Args:
         model: anything with `log_prob`, `(..., D) -> (...)`, of binary states.
-        v: data, `(..., n, D)`, zeros and ones; leading dimensions are those of the model.
+        v: data, `(..., n, D)`, zeros and ones; leading dimensions are those of the model, whose
+            batch may also share data `(n, D)`.
         num_units: with a number m < D, m units chosen at random without replacement, the same for
             all rows, stand for all, scaled by D / m: unbiased, and m / D of the cost.
         generator: source of randomness for that choice.
@@ -163,6 +164,7 @@ def _log_odds(
             raise ValueError(f"num_units is {num_units} but v has only {num_visible} units")
         units = torch.randperm(num_visible, generator=generator, device=v.device)[:num_units]
     log_prob = model.log_prob(v)  # also checks that v is binary
+    v = v.expand(*log_prob.shape, num_visible)  # a batch of models may share its data
     flip = torch.zeros(len(units), num_visible, dtype=torch.bool, device=v.device)
     flip.scatter_(1, units[:, None], True)
     flip = flip.view(len(units), *[1] * (v.ndim - 1), num_visible)
@@ -176,6 +178,7 @@ def _block_rows(model: Any, v: Tensor, blocks: Sequence[Tensor | tuple[Tensor, T
     if not listed:
         raise ValueError("blocks is empty: there is no unit to predict")
     log_prob = model.log_prob(v)  # also checks that v is binary
+    v = v.expand(*log_prob.shape, v.shape[-1])  # a batch of models may share its data
     total = torch.zeros_like(log_prob)
     for units, states in listed:  # blocks may differ in size
         others = v.repeat(len(states), *[1] * v.ndim)

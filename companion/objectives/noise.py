@@ -109,6 +109,11 @@ def _log_odds(
 ) -> Tensor:
     """G at each row, `(..., n, D) -> (..., n)`; the noise sees `x` in the dtype of its draws."""
     log_prob: Tensor = model.log_prob(x)
+    if log_prob.shape != x.shape[:-1]:
+        raise ValueError(
+            f"log_prob must give a number a row, {tuple(x.shape[:-1])}, got "
+            f"{tuple(log_prob.shape)}; a batch of models needs data with its leading dimensions"
+        )
     with torch.no_grad():
         log_q = noise.log_prob(x.to(dtype))
     if log_q.shape != log_prob.shape:

@@ -119,6 +119,11 @@ def model_score(model: Any, x: Tensor, *sigma: Tensor) -> Tensor:
             )
         return own
     log_prob = model.log_prob(x, *sigma)
+    if log_prob.shape != x.shape[:-1]:
+        raise ValueError(
+            f"log_prob must give a number a row, {tuple(x.shape[:-1])}, got "
+            f"{tuple(log_prob.shape)}; a batch of models needs data with its leading dimensions"
+        )
     if not log_prob.requires_grad:
         raise ValueError("log_prob(x) has no gradient by x; look for a detach() or no_grad()")
     # Each row's density depends on that row alone, so the sum's gradient is every row's.

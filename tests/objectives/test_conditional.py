@@ -242,11 +242,13 @@ class Machines:
     [pseudolikelihood, ratio_matching, lambda m, v: generalized_pseudolikelihood(m, v, PAIRS)],
 )
 def test_a_leading_dimension_gives_each_machine_its_own_gradient(objective, rng):
-    machines = [BoltzmannMachine(3, dtype=F64, generator=rng(seed)) for seed in range(2)]
-    data = torch.stack([DATA, 1 - DATA])
+    machines = [BoltzmannMachine(3, dtype=F64, generator=rng(seed)) for seed in range(3)]
+    data = torch.stack([DATA, 1 - DATA, DATA.flip(0)])
     together = Machines(machines)
+    shared = objective(together, DATA), objective(together, DATA.expand(3, 4, 3))
+    torch.testing.assert_close(*shared)  # three machines and as many units: none is mixed up
     objective(together, data).backward()
-    for i in range(2):
+    for i in range(3):
         alone = Machines(machines[i : i + 1])
         objective(alone, data[i]).backward()
         torch.testing.assert_close(together.b.grad[i], alone.b.grad[0])

@@ -9,6 +9,7 @@ from torch.nn.functional import softplus
 
 from companion.inputs import draw
 from companion.models.boltzmann import BoltzmannMachine
+from companion.models.rbm import RBM
 from companion.objectives import noise_contrastive
 from companion.objectives.noise import _log_odds
 from companion.testing import binary_states
@@ -275,6 +276,8 @@ def test_bad_input_is_refused_with_a_sentence(rng):
 
     with pytest.raises(ValueError, match="possible wherever the data are"):
         loss(noise=Ones())
+    with pytest.raises(ValueError, match=r"a number a row, \(4,\), got \(2, 4\).*leading"):
+        noise_contrastive(RBM(3, 2, batch_shape=(2,), dtype=F64), DATA, noise, log_z=0.0)
     with pytest.raises(ValueError, match="noise_ratio must be at least 1"):
         loss(noise_ratio=0)
     with pytest.raises(ValueError, match=r"leading dimensions \(\) of v, got \(2,\)"):

@@ -286,5 +286,12 @@ def test_bad_input_is_refused_with_a_sentence(rng):
         score_matching(Detached(), v)
     with pytest.raises(ValueError, match=r"keep the shape of x, \(200, 3\), got \(200, 2\)"):
         score_matching(Short(), v)
+
+    class Two(Gaussian):
+        def log_prob(self, x):
+            return super().log_prob(x).expand(2, *x.shape[:-1])
+
+    with pytest.raises(ValueError, match=r"a number a row, \(200,\), got \(2, 200\).*leading"):
+        score_matching(Two(3), v)
     with pytest.raises(ValueError, match="num_projections must be at least 1, got 0"):
         sliced_score_matching(model, v, 0)
