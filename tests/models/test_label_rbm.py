@@ -232,11 +232,9 @@ class SigmoidLabels(LabelRBM):
     """A plausible error: independent sigmoids for the labels, made to sum to 1 afterwards."""
 
     def _draw_visible(self, h, generator):
-        v = super()._draw_visible(h, generator)
+        x, _ = super()._draw_visible(h, generator)
         weights = torch.sigmoid(self.d + h @ self.U.T)
-        label = torch.multinomial(weights, 1, generator=generator)
-        one_hot = torch.zeros_like(weights).scatter_(-1, label, 1.0)
-        return torch.cat([v[..., : self.num_visible], one_hot], -1)
+        return x, torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
 def wrong_machine(rbm):

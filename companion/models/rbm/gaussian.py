@@ -141,8 +141,13 @@ class GaussianRBM(nn.Module):
         return LogZ(self.log_normalizer(), 0.0)
 
     def log_normalizer(self) -> Tensor:
-        """`log_z().value` as a differentiable scalar, float64, so that the exact likelihood can be
-        maximised (`companion.objectives.maximum_likelihood`); its graph keeps all 2^H means."""
+        """`log_z().value` as a scalar that can be differentiated, float64.
+
+        By it `companion.objectives.maximum_likelihood` is exact.
+
+        Raises:
+            ValueError: there are more than 16 hidden units.
+        """
         b, log_variance = self.b.double(), self.log_variance.double()
         precision = torch.exp(-log_variance)
 

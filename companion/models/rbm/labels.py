@@ -131,7 +131,7 @@ class LabelRBM(nn.Module):
                 f"labels must have shape {tuple(x.shape[:-1])}, one for each state of x, got "
                 f"{tuple(labels.shape)}"
             )
-        return torch.cat([x, one_hot(labels, self.num_labels).to(x.dtype)], -1)
+        return self._join(x, labels)
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The parts of joint states, `(..., D + K)`: x, `(..., D)`, and labels, `(...)`, int64."""
@@ -183,8 +183,13 @@ class LabelRBM(nn.Module):
         return LogZ(self.log_normalizer(), 0.0)
 
     def log_normalizer(self) -> Tensor:
-        """`log_z().value` as a differentiable scalar, float64, so that the exact likelihood can be
-        maximised (`companion.objectives.maximum_likelihood`); its graph keeps all 2^H inputs."""
+        """`log_z().value` as a scalar that can be differentiated, float64.
+
+        By it `companion.objectives.maximum_likelihood` is exact.
+
+        Raises:
+            ValueError: there are more than 16 hidden units.
+        """
         weights, bias = self._visible_parameters()
 
         def sum_out(inputs: Tensor) -> Tensor:
@@ -218,7 +223,8 @@ class LabelRBM(nn.Module):
         """A draw of the joint state given `h`, `(..., H) -> (..., D + K)`; x and y are independent
         given h."""
         check_generator(generator, self.W.device)
-        return self._draw_visible(check_binary("h", h, self.num_hidden, self.W), generator)
+        h = check_binary("h", h, self.num_hidden, self.W)
+        return self._join(*self._draw_visible(h, generator))
 
     @torch.no_grad()
     def gibbs(
@@ -241,12 +247,11 @@ class LabelRBM(nn.Module):
         """
         check_count("num_steps", num_steps)
         check_generator(generator, self.W.device)
-        v = self._check_visible(v)
-        weights, _ = self._visible_parameters()
+        x, labels = self.split(v)
         for _ in range(num_steps):
-            h = bernoulli(torch.sigmoid(self.c + v @ weights), generator)
-            v = self._draw_visible(h, generator)
-        return v
+            h = bernoulli(torch.sigmoid(self.c + self.U[labels] + x @ self.W), generator)
+            x, labels = self._draw_visible(h, generator)
+        return self._join(x, labels)
 
     @torch.no_grad()
     def sample_given_label(
@@ -285,12 +290,14 @@ class LabelRBM(nn.Module):
         """
         check_count("n", n)
         check_generator(generator, self.W.device)
-        return self._draw_visible(self.c.new_zeros(n, self.num_hidden), generator)
+        return self._join(*self._draw_visible(self.c.new_zeros(n, self.num_hidden), generator))
 
-    def _draw_visible(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _draw_visible(self, h: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         x = bernoulli(torch.sigmoid(self.b + h @ self.W.T), generator)
-        label = categorical(self.d + h @ self.U.T, generator)
-        return torch.cat([x, one_hot(label, self.num_labels).to(x.dtype)], -1)
+        return x, categorical(self.d + h @ self.U.T, generator)
+
+    def _join(self, x: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([x, one_hot(labels, self.num_labels).to(x.dtype)], -1)
 
     def _visible_parameters(self) -> tuple[Tensor, Tensor]:
         """Weights `(D + K, H)` and biases `(D + K,)` of the joint states."""

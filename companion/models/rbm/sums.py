@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from companion.models.rbm.model import MAX_ENUMERATED
 from companion.testing import binary_states
 
-__all__ = ["MAX_ENUMERATED", "log_sum_states"]
+__all__ = ["log_sum_states"]
 
-MAX_ENUMERATED = 25
-"""Largest layer whose 2^n states `log_z` sums over."""
-
+_MAX_DIFFERENTIATED = 16  # the graph keeps all 2^n states
 _BLOCK_BITS = 12  # at most 2^12 states in a block
 _BLOCK_NUMBERS = 22  # and at most 2^22 numbers: 32 MiB of the other layer's inputs
 
@@ -41,7 +40,7 @@ def log_sum_states(
         `(*batch)`, float64.
 
     Raises:
-        ValueError: n is above 25.
+        ValueError: n is above 25, or above 16 where the sum is differentiated.
 
     >>> def two_binary_units(inputs):
     ...     return torch.nn.functional.softplus(inputs).sum(-1)
@@ -56,6 +55,12 @@ def log_sum_states(
             f"log_z sums over all 2^n states of the hidden layer and stops at n = {MAX_ENUMERATED};"
             f" this machine has {num_units} hidden units. Estimate log Z by annealed importance "
             "sampling (AIS) instead."
+        )
+    if num_units > _MAX_DIFFERENTIATED and torch.is_grad_enabled() and weights.requires_grad:
+        raise ValueError(
+            "log_normalizer differentiates a sum over all 2^n states of the hidden layer and stops "
+            f"at n = {_MAX_DIFFERENTIATED}; this machine has {num_units} hidden units. Take log_z, "
+            "which needs no gradient, or learn by PersistentChains."
         )
     affordable = _BLOCK_NUMBERS - (num_other - 1).bit_length()
     num_low = min(num_units, _BLOCK_BITS, max(affordable, 1))
