@@ -111,8 +111,8 @@ class _Uniform(Tensor):
     which `_Replay` keeps what is known of them, so that indexing and reshaping need no care."""
 
 
-_LESS = {"lt", "le", "less", "less_equal"}
-_GREATER = {"gt", "ge", "greater", "greater_equal"}
+_LESS = {"lt", "lt_", "le", "less", "less_equal"}
+_GREATER = {"gt", "gt_", "ge", "greater", "greater_equal"}
 _RESHAPING = {"__get__", "__getitem__", "__len__", "size", "dim", "numel", "clone", "detach"}
 _RESHAPING |= {"view", "view_as", "reshape", "flatten", "unflatten", "expand", "expand_as"}
 _RESHAPING |= {"unsqueeze", "squeeze", "movedim", "transpose", "permute", "select", "gather"}

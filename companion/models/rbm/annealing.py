@@ -130,7 +130,7 @@ class RBMPath:
         rbm = self.rbm
         h = bernoulli(torch.sigmoid(beta * inputs), generator)
         bias = _mix(row(self._a), row(rbm.b), beta)
-        return bernoulli(torch.sigmoid(bias + beta * (h @ rbm.W.mT)), generator)
+        return bernoulli((h @ rbm.W.mT).mul_(beta).add_(bias).sigmoid_(), generator)
 
 
 def _of_units(beta: Tensor | float, like: Tensor) -> Tensor | float:

@@ -247,8 +247,8 @@ class RBM(nn.Module):
         check_generator(generator, self.W.device)
         v = self._check_units("v", v, self.num_visible)
         for _ in range(num_steps):
-            h = bernoulli(torch.sigmoid(row(self.c) + v @ self.W), generator)
-            v = bernoulli(torch.sigmoid(row(self.b) + h @ self.W.mT), generator)
+            h = bernoulli((v @ self.W).add_(row(self.c)).sigmoid_(), generator)
+            v = bernoulli((h @ self.W.mT).add_(row(self.b)).sigmoid_(), generator)
         return v
 
     def contrastive_step(
@@ -372,7 +372,8 @@ def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     # In 16 bits uniform numbers are multiples of 1/256 or so, and rare units would be on too often.
     dtype = probs.dtype if probs.dtype.itemsize > 2 else torch.float32
     noise = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=dtype)
-    return (noise < probs).to(probs.dtype)
+    # In place: as quick as `noise < probs` without the mask and its conversion.
+    return noise.lt_(probs).to(probs.dtype)
 
 
 def row(bias: Tensor) -> Tensor:

@@ -36,18 +36,20 @@ def contrastive_step(
     check_generator(generator, rbm.W.device)
     v = rbm._check_units("v", v, rbm.num_visible)
     weights, b, c = rbm.W.detach(), rbm.b.detach(), rbm.c.detach()
-    data_inputs = row(c) + v @ weights
-    data_probs = torch.sigmoid(data_inputs)
+    # In place where it can be: fresh memory for a batch costs as much as the arithmetic.
+    data_probs = (v @ weights).add_(row(c))
+    value = -(dot(v, b) + softplus(data_probs).sum(-1)).mean(-1)
+    data_probs.sigmoid_()
     probs = data_probs if hidden_probs is None else hidden_probs
-    for _ in range(num_steps):
+    for step in range(num_steps):
         h = bernoulli(probs, generator)
-        x = bernoulli(torch.sigmoid(row(b) + h @ weights.mT), generator)
-        inputs = row(c) + x @ weights
-        probs = torch.sigmoid(inputs)
-    value = (dot(x, b) + softplus(inputs).sum(-1)).mean(-1)
-    value = value - (dot(v, b) + softplus(data_inputs).sum(-1)).mean(-1)
-    g_weights = _mean_product(x, probs) - _mean_product(v, data_probs)
-    g_b, g_c = x.mean(-2) - v.mean(-2), probs.mean(-2) - data_probs.mean(-2)
+        x = bernoulli((h @ weights.mT).add_(row(b)).sigmoid_(), generator)
+        probs = (x @ weights).add_(row(c))
+        if step == num_steps - 1:
+            value = value + (dot(x, b) + softplus(probs).sum(-1)).mean(-1)
+        probs.sigmoid_()
+    g_weights = _mean_products(x, probs, v, data_probs)
+    g_b, g_c = _mean(x) - _mean(v), _mean(probs) - _mean(data_probs)
     # leading dimensions beyond the batch of machines are summed over
     shaped = (g.sum_to_size(p.shape) for g, p in ((g_weights, weights), (g_b, b), (g_c, c)))
     gradients = rbm._gradients(*(g.to(weights.dtype) for g in shaped))
@@ -58,6 +60,15 @@ def contrastive_step(
     return loss, x, probs
 
 
-def _mean_product(v: Tensor, h: Tensor) -> Tensor:
-    """The mean over the rows of the outer products, `(..., n, D), (..., n, H) -> (..., D, H)`."""
-    return (v / v.shape[-2]).mT @ h
+def _mean_products(x: Tensor, x_probs: Tensor, v: Tensor, v_probs: Tensor) -> Tensor:
+    """The difference of the mean outer products, `(..., n, D), (..., n, H) -> (..., D, H)`."""
+    if x.ndim == v.ndim == 2:
+        product = x.T @ x_probs
+        v, v_probs = v.to(product.dtype), v_probs.to(product.dtype)
+        return product.addmm_(v.T, v_probs, beta=1.0 / len(x), alpha=-1.0 / len(v))
+    return x.mT @ x_probs / x.shape[-2] - v.mT @ v_probs / v.shape[-2]
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean over the rows, `(..., n, units) -> (..., units)`, faster as a product."""
+    return x.new_full((x.shape[-2],), 1.0 / x.shape[-2]) @ x
