@@ -31,7 +31,7 @@ CHAINS = 64
 # Levels of one long chain or of four shorter ones: the same evaluations in a quarter of the time.
 MANY_CHAINS = 256
 METHODS = ["parallel tempering", "simulated tempering", "tempered transitions", "smc"]
-# Of at most 25 comparisons, with the spread of 64 or 256 chains or replicates (Student's law with at
+# Of at most 25 comparisons, with the spread of 64 chains or more (Student's law with at
 # least 63 degrees of freedom): a false-alarm rate below 1e-5.
 T_LIMIT = 5.9
 
