@@ -138,7 +138,7 @@ def test_log_z_of_a_float32_machine_is_summed_in_float64(rng):
 
 
 def test_log_z_refuses_what_it_cannot_enumerate():
-    with pytest.raises(ValueError, match=r"stops at n = 25; this machine has 26 hidden"):
+    with pytest.raises(ValueError, match=r"stops at n = 25; this machine has 26 there"):
         GaussianRBM(2, 26).log_z()
     large = GaussianRBM(2, 17)
     assert torch.isfinite(large.log_z().value)

@@ -97,7 +97,7 @@ def test_log_z_in_blocks_agrees_with_the_sum_over_the_visible_states(rng, ledger
     rbm = machine(6, 3, 14, rng, scale=0.5)
     exact = rbm.log_prob(rbm.join(*all_states(rbm))).logsumexp(0).item()
     ledger("label RBM log Z in blocks", exact=exact, estimate=rbm.log_z().value)
-    with pytest.raises(ValueError, match="this machine has 26 hidden units"):
+    with pytest.raises(ValueError, match="this machine has 26 there"):
         LabelRBM(2, 2, 26).log_z()
 
 

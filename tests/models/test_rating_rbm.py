@@ -98,7 +98,7 @@ def test_log_z_in_blocks_agrees_with_the_sum_over_the_visible_states(rng, ledger
     mask = torch.tensor([True, True, False, True])
     exact = rbm.log_prob(all_states(mask)).logsumexp(0).item()
     ledger("rating RBM log Z in blocks", exact=exact, estimate=rbm.log_z(mask).value)
-    with pytest.raises(ValueError, match="this machine has 26 hidden units"):
+    with pytest.raises(ValueError, match="this machine has 26 there"):
         RatingRBM(2, 2, 26).log_z(torch.tensor([True, True]))
 
 

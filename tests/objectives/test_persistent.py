@@ -59,7 +59,7 @@ def test_maximum_likelihood_is_the_exact_loss_by_either_sum(rng, ledger):
 def test_maximum_likelihood_says_when_it_would_have_to_sum_too_much(rng):
     rbm = RBM(17, 17, generator=rng(0))
     v = torch.zeros(2, 17)
-    with pytest.raises(ValueError, match="stops at n = 16; this machine has 17 visible"):
+    with pytest.raises(ValueError, match="stops at n = 16; this machine has 17 there"):
         maximum_likelihood(rbm, v)
     with pytest.raises(ValueError, match="stops at n = 16, but v has 17 units"):
         maximum_likelihood(Plain(rbm), v)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from companion.inputs import check_count, check_finite, check_generator
 from companion.models.rbm.model import RBM, bernoulli, dot, row
+from companion.models.rbm.units import softplus
 
 __all__ = ["RBMPath"]
 

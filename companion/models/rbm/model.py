@@ -8,23 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from companion.core import LogZ
-from companion.inputs import check_count, check_finite, check_generator, check_real
-from companion.testing import binary_states
+from companion.inputs import check_count, check_generator, check_real
+from companion.models.rbm.sums import log_sum_states
+from companion.models.rbm.units import check_binary, small_weights, softplus
 
 if TYPE_CHECKING:
     from companion.models.rbm.annealing import RBMPath
 
-__all__ = ["MAX_ENUMERATED", "RBM", "bernoulli", "dot", "row"]
-
-MAX_ENUMERATED = 25
-"""Largest smaller layer whose 2^n states `RBM.log_z` sums over."""
-
-_MAX_DIFFERENTIATED = 16
-
-_LOW_BITS = 12  # states summed in one block: 2^12 rows of the larger layer at a time
+__all__ = ["RBM", "bernoulli", "dot", "row"]
 
 
 class RBM(nn.Module):
@@ -72,15 +65,10 @@ class RBM(nn.Module):
         super().__init__()
         self.num_visible = check_count("num_visible", num_visible)
         self.num_hidden = check_count("num_hidden", num_hidden)
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
         self.batch_shape = tuple(check_count("batch_shape", size) for size in batch_shape)
         shape = (*self.batch_shape, num_visible, num_hidden)
-        weights = torch.empty(shape, device=device, dtype=dtype)
-        check_generator(generator, weights.device)
-        self.W = nn.Parameter(weights.normal_(0.0, 0.01, generator=generator))
-        self._make_biases(weights.new_zeros(shape[:-1]), weights.new_zeros(*shape[:-2], num_hidden))
+        self.W = small_weights(*shape, generator=generator, device=device, dtype=dtype)
+        self._make_biases(self.W.new_zeros(shape[:-1]), self.W.new_zeros(*shape[:-2], num_hidden))
 
     def _make_biases(self, b: Tensor, c: Tensor) -> None:
         self.b, self.c = nn.Parameter(b), nn.Parameter(c)
@@ -152,53 +140,21 @@ class RBM(nn.Module):
         Raises:
             ValueError: the smaller layer has more than 25 units.
         """
-        weights, own, other = self.W.double(), self.b.double(), self.c.double()
-        if self.num_hidden < self.num_visible:  # sum over h instead of v; v sums out in closed form
-            weights, own, other = weights.mT, other, own
-        num_units = own.shape[-1]
-        if num_units > MAX_ENUMERATED:
-            raise ValueError(
-                f"log_z sums over all 2^n states of the smaller layer and stops at "
-                f"n = {MAX_ENUMERATED}; this machine has {self.num_visible} visible and "
-                f"{self.num_hidden} hidden units. Estimate log Z by annealed importance sampling "
-                "(AIS) instead."
-            )
-        num_low = min(_LOW_BITS, num_units)
-        low = binary_states(num_low, device=own.device, dtype=own.dtype)
-        low_input = low @ weights[..., :num_low, :] + row(other)
-        low_bias = dot(low, own[..., :num_low])
-        high_bits = num_units - num_low
-        high = (
-            binary_states(high_bits, device=own.device, dtype=own.dtype)
-            if high_bits
-            else low[:1, :0]
-        )
-        total = own.new_full(self.batch_shape, -math.inf)
-        for bits in high:
-            inputs = low_input + row(bits @ weights[..., num_low:, :])
-            log_probs = low_bias + (own[..., num_low:] @ bits)[..., None] + softplus(inputs).sum(-1)
-            total = torch.logaddexp(total, log_probs.logsumexp(-1))
-        return LogZ(total, 0.0)
+        return LogZ(self.log_normalizer(), 0.0)
 
     def log_normalizer(self) -> Tensor:
-        """Log Z as a function of the parameters, to be differentiated, of the shape of the batch.
+        """`log_z().value` as a function of the parameters that can be differentiated.
 
-        `log_z` gives the number alone, in float64, for larger machines.
+        By it `companion.objectives.maximum_likelihood` is exact.
 
         Raises:
             ValueError: the smaller layer has more than 16 units.
         """
-        weights, own, other = (x.view_as(x) for x in (self.W, self.b, self.c))
-        if self.num_hidden < self.num_visible:
+        weights: Tensor = self.W
+        own, other = self.b, self.c
+        if self.num_hidden < self.num_visible:  # sum over h instead of v; v sums out in closed form
             weights, own, other = weights.mT, other, own
-        if own.shape[-1] > _MAX_DIFFERENTIATED:
-            raise ValueError(
-                f"log_normalizer differentiates a sum over all 2^n states of the smaller layer and "
-                f"stops at n = {_MAX_DIFFERENTIATED}; this machine has {self.num_visible} visible "
-                f"and {self.num_hidden} hidden units. Learn it by PersistentChains instead."
-            )
-        states = binary_states(own.shape[-1], device=own.device, dtype=own.dtype)
-        return (dot(states, own) + softplus(states @ weights + row(other)).sum(-1)).logsumexp(-1)
+        return log_sum_states(weights, own, other, lambda inputs: softplus(inputs).sum(-1))
 
     # ------------------------------------------------------------ conditionals and sampling
 
@@ -323,33 +279,9 @@ class RBM(nn.Module):
 
     def _check_units(self, name: str, x: Tensor, num_units: int) -> Tensor:
         """Return `x` in W's dtype, or say why it is no batch of states of `num_units` units."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim == 0 or x.shape[-1] != num_units:
-            raise ValueError(
-                f"{name} must have shape (..., {num_units}), got {tuple(x.shape)}; the machine has "
-                f"{self.num_visible} visible and {self.num_hidden} hidden units"
-            )
+        x = check_binary(name, x, num_units, self.W)
         if self.batch_shape:
             self._check_batch(name, x)
-        if x.numel() == 0:
-            raise ValueError(f"{name} is an empty batch: its shape is {tuple(x.shape)}")
-        if x.device != self.W.device:
-            raise ValueError(f"{name} is on {x.device} but the machine is on {self.W.device}")
-        if x.is_floating_point() and x.dtype != self.W.dtype:
-            raise TypeError(
-                f"{name} is {x.dtype} but the machine is {self.W.dtype}; convert one of them"
-            )
-        if x.is_complex():
-            raise TypeError(f"{name} must be real, got {x.dtype}")
-        x = x.to(self.W.dtype)
-        if torch.count_nonzero(x * (x - 1)):  # also counts NaN and infinity
-            check_finite(name, x)
-            first = tuple(torch.nonzero(x * (x - 1))[0].tolist())
-            raise ValueError(
-                f"{name} must hold zeros and ones only; at index {first} it holds {x[first]:.4g}. "
-                "Binarise the data first."
-            )
         return x
 
     def _check_batch(self, name: str, x: Tensor) -> None:

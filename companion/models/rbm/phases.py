@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from companion.core import with_gradients
 from companion.inputs import check_count, check_generator
 from companion.models.rbm.model import RBM, bernoulli, dot, row
+from companion.models.rbm.units import softplus
 
 __all__ = ["contrastive_step"]
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from companion.models.rbm.model import MAX_ENUMERATED
 from companion.testing import binary_states
 
-__all__ = ["log_sum_states"]
+__all__ = ["MAX_ENUMERATED", "log_sum_states"]
+
+MAX_ENUMERATED = 25
+"""Largest layer whose 2^n states are summed over."""
 
 _MAX_DIFFERENTIATED = 16  # the graph keeps all 2^n states
 _BLOCK_BITS = 12  # at most 2^12 states in a block
@@ -30,14 +32,14 @@ def log_sum_states(
     stays bounded.
 
     Args:
-        weights: `(n, m)`, from the layer that is summed over to the other one.
-        own: biases of the units that are summed over, `(n,)`.
-        other: biases of the other layer, `(m,)`.
+        weights: `(*machines, n, m)`, from the layer that is summed over to the other one.
+        own: biases of the units that are summed over, `(*machines, n)`.
+        other: biases of the other layer, `(*machines, m)`.
         sum_out: f, the log of the sum (or integral) over the other layer given its inputs, float64,
-            `(states, m) -> (states, *batch)`.
+            `(*machines, states, m) -> (*machines, states, *batch)`.
 
     Returns:
-        `(*batch)`, float64.
+        `(*machines, *batch)`, float64.
 
     Raises:
         ValueError: n is above 25, or above 16 where the sum is differentiated.
@@ -49,30 +51,31 @@ def log_sum_states(
     '32.0000'
     """
     weights, own, other = weights.double(), own.double(), other.double()
-    num_units, num_other = weights.shape
+    (*machines, num_units, num_other), axis = weights.shape, own.ndim - 1
     if num_units > MAX_ENUMERATED:
         raise ValueError(
-            f"log_z sums over all 2^n states of the hidden layer and stops at n = {MAX_ENUMERATED};"
-            f" this machine has {num_units} hidden units. Estimate log Z by annealed importance "
-            "sampling (AIS) instead."
+            f"log_z sums over all 2^n states of the smaller layer of binary units and stops at n = "
+            f"{MAX_ENUMERATED}; this machine has {num_units} there. Estimate log Z by annealed "
+            "importance sampling (AIS) instead."
         )
     if num_units > _MAX_DIFFERENTIATED and torch.is_grad_enabled() and weights.requires_grad:
         raise ValueError(
-            "log_normalizer differentiates a sum over all 2^n states of the hidden layer and stops "
-            f"at n = {_MAX_DIFFERENTIATED}; this machine has {num_units} hidden units. Take log_z, "
-            "which needs no gradient, or learn by PersistentChains."
+            "log_normalizer differentiates a sum over all 2^n states of the smaller layer of "
+            f"binary units and stops at n = {_MAX_DIFFERENTIATED}; this machine has {num_units} "
+            "there. Take log_z, which needs no gradient, or learn by PersistentChains."
         )
-    affordable = _BLOCK_NUMBERS - (num_other - 1).bit_length()
+    affordable = _BLOCK_NUMBERS - (num_other * math.prod(machines) - 1).bit_length()
     num_low = min(num_units, _BLOCK_BITS, max(affordable, 1))
     low = binary_states(num_low, device=own.device, dtype=own.dtype)
     high = low[:1, :0]  # one row of no units
     if num_units > num_low:
         high = binary_states(num_units - num_low, device=own.device, dtype=own.dtype)
-    low_input, low_bias = low @ weights[:num_low] + other, low @ own[:num_low]
+    low_input = low @ weights[..., :num_low, :] + other[..., None, :]
+    low_bias = own[..., :num_low] @ low.T
     total = own.new_full((), -math.inf)
     for row in high:
-        values = sum_out(low_input + row @ weights[num_low:])
-        bias = low_bias + row @ own[num_low:]
-        values = values + bias.reshape(-1, *[1] * (values.ndim - 1))
-        total = torch.logaddexp(total, values.logsumexp(0))
+        values = sum_out(low_input + (row @ weights[..., num_low:, :])[..., None, :])
+        bias = low_bias + (own[..., num_low:] @ row)[..., None]
+        values = values + bias.reshape(*bias.shape, *[1] * (values.ndim - bias.ndim))
+        total = torch.logaddexp(total, values.logsumexp(axis))
     return total

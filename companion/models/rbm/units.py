@@ -1,4 +1,4 @@
-"""What the relatives of the binary machine share: small weights, checks of states, a draw of K."""
+"""What the machines share: small weights, checks of states, a draw of K."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def check_binary(name: str, x: Tensor, num_units: int, like: Tensor) -> Tensor:
         check_finite(name, x)
         first = tuple(torch.nonzero(x * (x - 1))[0].tolist())
         raise ValueError(
-            f"{name} must hold zeros and ones only; at index {first} it holds {x[first]:.4g}"
+            f"{name} must hold zeros and ones only; at index {first} it holds {x[first]:.4g}. "
+            "Binarise the data first."
         )
     return x
 
