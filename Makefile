@@ -12,8 +12,10 @@ RECORDS := _build/ledger-records.jsonl
 # The last digits of a sum depend on the number of threads: one everywhere, and a process for each core.
 export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Modules are compiled when they are first imported; most of what the packages hold never is.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
-.PHONY: help book serve test unit execute lint pages bench lock clean
+.PHONY: help book serve test unit notebooks site execute lint pages bench lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,8 +39,8 @@ $(READY): requirements.lock pyproject.toml
 		echo "This Python cannot make a virtual environment: install its venv module (Debian and Ubuntu: sudo apt-get install python3-venv)"; exit 1; }
 	@echo "Installing the packages of requirements.lock into .venv; the first time this takes a few minutes."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # A build writes the pages that changed; what concerns every page calls for a clean one.
@@ -64,12 +66,18 @@ unit: $(READY)
 	@rm -f $(RECORDS)
 	$(PYTEST) --doctest-modules --ignore tests/site companion tests
 
+# The site is built, on one core, while the notebooks run.
 test: lint unit
 	$(BIN)/python tools/pages.py --check
+	@$(MAKE) --no-print-directory -j 2 notebooks site
+	$(BIN)/python -m pytest -n 2 tests/site
+
+notebooks:
 	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/book/sanitize.cfg book
+
+site:
 	@rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -q -W -n --keep-going
-	$(BIN)/python -m pytest -n 2 tests/site
 
 execute: $(READY)
 	@$(BIN)/python tools/execute.py $(if $(ALL),--all)

@@ -187,22 +187,21 @@ def low_contrast(page: Page) -> list[str]:
                 if (!styles.has(one)) styles.set(one, getComputedStyle(one));
                 return styles.get(one);
             };
-            const behind = one => {
-                const layers = [];
-                for (let at = one; at; at = at.parentElement) {
-                    const layer = rgba(styleOf(at).backgroundColor);
-                    if (layer[3] > 0) layers.push(layer);
-                    if (layer[3] === 1) break;
-                }
-                const white = [255, 255, 255, 1];
-                return layers.reverse().reduce((below, top) => over(top, below), white);
+            // Of an element from its parent's: what many texts have in common is worked out once.
+            const remembered = (from, root) => {
+                const seen = new Map([[null, root]]);
+                const get = one => {
+                    if (!seen.has(one)) seen.set(one, from(one, get(one.parentElement)));
+                    return seen.get(one);
+                };
+                return get;
             };
-            const opacity = one => {
-                let product = 1;
-                for (let at = one; at; at = at.parentElement)
-                    product *= parseFloat(styleOf(at).opacity);
-                return product;
-            };
+            const behind = remembered((one, below) => {
+                const layer = rgba(styleOf(one).backgroundColor);
+                return layer[3] > 0 ? over(layer, below) : below;
+            }, [255, 255, 255, 1]);
+            const opacity = remembered(
+                (one, product) => product * parseFloat(styleOf(one).opacity), 1);
             const texts = new Map();
             const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
             while (walk.nextNode()) {
