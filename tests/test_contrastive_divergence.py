@@ -146,3 +146,24 @@ def test_persistent_chains_lag_no_further_than_the_bound(rng):
         assert (lag <= factor**t * start + factor / (1 - factor) * delta + 1e-14).all()
         lags[rate] = lag[len(lag) // 4 :].max()
     assert lags[0.1] < 0.5 * lags[0.4]  # a quarter of the rate: the lag falls with it
+
+
+def test_one_hidden_unit_rests_where_the_likelihood_does(rng):
+    v = binary_states(4, dtype=F64)
+    for num_hidden in (1, 2):
+        W = 1.5 * torch.randn(4, num_hidden, generator=rng(1), dtype=F64)
+        h = binary_states(num_hidden, dtype=F64)
+        up, down = (v @ W @ h.T).softmax(1), (h @ W.T @ v.T).softmax(1)
+        p = (v @ W @ h.T).logsumexp(1).softmax(0)
+        g = torch.sigmoid(v @ W)
+        # Data with all the model's moments that the gradient sees, and yet another law.
+        moments = torch.cat(
+            [torch.ones(16, 1, dtype=F64), v, g, (v[:, :, None] * g[:, None]).flatten(1)], 1
+        )
+        away = torch.randn(16, generator=rng(2), dtype=F64)
+        away -= moments @ torch.linalg.lstsq(moments, away).solution
+        p0 = p + 0.5 * away / (away / p).abs().max()
+        assert p0.min() > 0 and (p0 - p).abs().max() > 1e-4
+        assert ((p0 - p) @ moments).abs().max() < 1e-12
+        moved = (p0 @ up @ down - p).abs().max()
+        assert (moved < 1e-12) == (num_hidden == 1)
