@@ -38,10 +38,17 @@ def test_an_exponential_family_is_fitted_by_linear_equations(rng, ledger):
         def log_prob(self, x: Tensor) -> Tensor:
             return statistics(x) @ self.theta
 
-    jacobian = torch.func.vmap(torch.func.jacrev(statistics))(x)
-    hessian = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(statistics)))(x)
-    A = (jacobian @ jacobian.mT).mean(0)
-    b = hessian.diagonal(dim1=-2, dim2=-1).sum(-1).mean(0)
+    at, slopes, laplacians = x.clone().requires_grad_(), [], []
+    for statistic in statistics(at).unbind(-1):
+        (slope,) = torch.autograd.grad(statistic.sum(), at, create_graph=True)
+        curvature = torch.zeros(len(x), dtype=F64)
+        for i in range(2) if slope.requires_grad else ():
+            second = torch.autograd.grad(slope[:, i].sum(), at, retain_graph=True)[0]
+            curvature = curvature + second[:, i]
+        slopes.append(slope.detach())
+        laplacians.append(curvature)
+    G, b = torch.stack(slopes, 1), torch.stack(laplacians, 1).mean(0)
+    A = (G @ G.mT).mean(0)
     model = Family()
     for sign in (1, -1):
         model.theta = torch.linalg.solve(A, -sign * b).requires_grad_()
