@@ -71,7 +71,7 @@ def chi_square_grid(dim):
     return r.square(), log_density.exp() * 1e-3
 
 
-def test_the_information_on_log_z_is_below_the_overlap_which_falls_exponentially():
+def test_the_information_on_log_z_falls_with_the_overlap():
     """Data N(0, I), noise N(0, 4 I): E[P(noise | x)] is at most sqrt(nu) / 2 times the overlap."""
     s, shares = 2.0, []
     overlap = 2 * s / (1 + s**2)  # the square of the integral of sqrt(p q), per dimension
@@ -99,7 +99,7 @@ def test_negative_sampling_learns_shifted_pointwise_mutual_information(rng):
     assert (score.detach() - pmi).abs().min() > 1  # it is not the PMI itself
 
 
-def test_the_gradient_is_that_of_the_likelihood_weighted_by_the_posterior_of_noise(rng):
+def test_the_gradient_is_the_likelihoods_weighted_by_p_of_noise(rng):
     """The loss's gradient is the sum of (p_theta - p) P(noise | v) times that of log p~."""
     truth = BoltzmannMachine(4, dtype=F64, generator=rng(0))
     with torch.no_grad():
