@@ -75,6 +75,17 @@ def test_equal_weights_leave_the_exact_number_of_ancestors_in_every_generation(r
 
 
 @pytest.mark.parametrize("n", [10, 50])
+def test_equal_weights_make_families_of_the_stated_size(rng, n):
+    """The sum of the squared shares of the families is `1 - (1 - 1/n)^(R + 1)` on average."""
+    founders = lineage(neutral(n, 6, 5000, "multinomial", rng(n)))[0]
+    squares = estimate((founders[:, None] == founders).double().mean((0, 1)))
+    exact = 1 - (1 - 1 / n) ** 7
+    assert abs(squares.value - exact) < 4.5 * squares.std_error
+    # Pairs of different particles only, as if none were of its own family.
+    assert abs(squares.value - (1 - (1 - 1 / n) ** 6)) > 4.5 * squares.std_error
+
+
+@pytest.mark.parametrize("n", [10, 50])
 def test_all_descend_from_one_about_two_n_generations_back(n):
     law = distinct(n)[2:, 2:]
     generations = torch.linalg.solve(
