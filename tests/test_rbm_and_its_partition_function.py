@@ -108,6 +108,23 @@ def test_bars_and_stripes_are_the_ground_states_of_pairs(side):
         assert (energy < energy.min() + 1e-9).sum() == 2
 
 
+# ---------------------------------------------------------------- the gradient
+
+
+def test_the_gradient_is_a_difference_of_two_correlations(rng):
+    rbm, states = random_rbm(rng), binary_states(4, dtype=F64)
+    data = states[[1, 5, 6, 15, 15]]
+    maximum_likelihood(rbm, data).backward()
+    p = log_law(rbm).exp()
+    with torch.no_grad():
+        on_data, on_all = rbm.hidden_probs(data), rbm.hidden_probs(states)
+    positive = (data.T @ on_data / len(data), data.mean(0), on_data.mean(0))
+    negative = (states.T @ (p[:, None] * on_all), p @ states, p @ on_all)
+    for parameter, up, down in zip((rbm.W, rbm.b, rbm.c), positive, negative, strict=True):
+        torch.testing.assert_close(-parameter.grad, up - down, rtol=0, atol=1e-12)
+        assert (-parameter.grad - up).abs().max() > 0.05  # log Z is not a constant
+
+
 # ---------------------------------------------------------------- hidden units
 
 
