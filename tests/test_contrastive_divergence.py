@@ -90,6 +90,7 @@ def test_the_left_out_term_completes_the_gradient_of_the_difference(rng, ledger)
 
 
 def test_the_bias_falls_like_the_power_of_the_second_eigenvalue(rng):
+    num_slow = 0
     for seed in range(0, 30, 3):
         rbm, p0 = machine(rng, seed, size=2.0), data_law(rng, seed + 100)
         g = state_gradients(rbm)
@@ -104,14 +105,16 @@ def test_the_bias_falls_like_the_power_of_the_second_eigenvalue(rng):
         sd = (p @ (g - p @ g).square()).sqrt()
         chi = ((p0 - p).square() / p).sum().sqrt()
         law, biases = p0, []
-        for k in range(1, 41):
+        for k in range(1, 22):
             law = law @ P
             bias = (p - law) @ g
             assert (bias.abs() <= second**k * chi * sd + 1e-13).all()
             biases.append(bias.norm())
-        if second > 0.5:  # then the bias has not reached round-off
-            rate = (biases[-1] / biases[-11]) ** 0.1
+        if second > 0.25:  # then the bias has not reached round-off after 20 sweeps
+            num_slow += 1
+            rate = (biases[20] / biases[10]) ** 0.1
             assert math.isclose(rate, second, rel_tol=0.02)
+    assert num_slow >= 3
 
 
 def test_persistent_chains_lag_no_further_than_the_bound(rng):
