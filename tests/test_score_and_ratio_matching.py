@@ -187,6 +187,34 @@ def test_the_score_hardly_sees_the_weights_of_separated_modes(w, u):
     assert abs(general / bound(m) - 1) < 1e-10
 
 
+@pytest.mark.parametrize(("w", "u"), [(0.3, 0.7), (0.02, 0.6)])
+def test_the_bound_on_blindness_holds_for_unequal_modes(w, u):
+    """A normal law and a wider logistic one; the identity of the proof, and the bound after it."""
+    x = torch.linspace(-60, 60, 24_001, dtype=F64, requires_grad=True)
+    dx = float(x.detach()[1] - x.detach()[0])
+    log_f1 = -(x - 3).square() / 2 - math.log(2 * math.pi) / 2
+    z = (x + 4) / 1.5
+    log_f2 = -z - 2 * torch.nn.functional.softplus(-z) - math.log(1.5)
+
+    def score(log_p: Tensor) -> Tensor:
+        return torch.autograd.grad(log_p.sum(), x, retain_graph=True)[0]
+
+    log_pw = torch.logaddexp(math.log(w) + log_f1, math.log(1 - w) + log_f2)
+    log_pu = torch.logaddexp(math.log(u) + log_f1, math.log(1 - u) + log_f2)
+    apart = (score(log_f1) - score(log_f2)).square()
+    divergence = ((log_pw.exp() * (score(log_pw) - score(log_pu)).square()).sum() * dx / 2).item()
+
+    def of_proof(power: int) -> float:
+        rows = (2 * log_f1 + 2 * log_f2 - log_pw - power * log_pu).exp() * apart
+        return ((w - u) ** 2 / 2 * rows.sum() * dx).item()
+
+    assert abs(of_proof(2) / divergence - 1) < 1e-9
+    assert abs(of_proof(1) / divergence - 1) > 0.1
+    integral = (((log_f1 + log_f2) / 2).exp() * apart).sum().item() * dx
+    bound = (w - u) ** 2 / (16 * u * (1 - u) * math.sqrt(w * (1 - w))) * integral
+    assert bound / 100 < divergence <= bound
+
+
 # ---------------------------------------------------------------- directions
 
 
