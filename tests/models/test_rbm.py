@@ -101,7 +101,9 @@ def test_log_z_survives_huge_weights(rng):
 
 
 def test_log_z_refuses_what_it_cannot_enumerate():
-    with pytest.raises(ValueError, match=r"this machine has 26 there.*annealed importance sampling"):
+    with pytest.raises(
+        ValueError, match=r"this machine has 26 there.*annealed importance sampling"
+    ):
         RBM(26, 26).log_z()
     assert torch.isfinite(RBM(784, 3).log_z().value)
 
