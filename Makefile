@@ -23,6 +23,8 @@ help:
 	@echo "make serve     the same, and serve it on http://127.0.0.1:$(PORT) (PORT=...)"
 	@echo "make test      everything that CI runs"
 	@echo "make unit      the unit tests and doctests only; they record the ground-truth ledger"
+	@echo "make notebooks run every notebook and compare its outputs with the stored ones"
+	@echo "make site      build the site anew, and fail at a warning"
 	@echo "make execute   run the notebooks whose code changed and store their outputs (ALL=1: all)"
 	@echo "make lint      style and types only"
 	@echo "make pages     the appendix pages that are made from records: run make unit before"
