@@ -287,7 +287,7 @@ def test_samples_for_a_label_follow_the_conditional_law(rng, device, ledger):
     assert p_value(0, 2) > 1e-5 and p_value(1, 0) > 1e-5
     assert p_value(0, 0) < 1e-5 and p_value(1, 2) < 1e-5  # the label of the other
     p = exact[5, 2]
-    ledger("label RBM: p(x = 101 | y = 2)", exact=p, estimate=counts[0, 5] / n,
+    ledger("label RBM: p(x = 101 | y = 2)", exact=p, estimate=counts[0, 5].double() / n,
            std_error=(p * (1 - p) / n).sqrt())  # fmt: skip
 
 
