@@ -68,8 +68,9 @@ unit: $(READY)
 	@rm -f $(RECORDS)
 	$(PYTEST) --doctest-modules --ignore tests/site companion tests
 
-# The site is built, on one core, while the notebooks run.
-test: lint unit
+# What runs on one core runs beside what has tests for two.
+test: $(READY)
+	@$(MAKE) --no-print-directory -j 2 lint unit
 	$(BIN)/python tools/pages.py --check
 	@$(MAKE) --no-print-directory -j 2 notebooks site
 	$(BIN)/python -m pytest -n 2 tests/site
