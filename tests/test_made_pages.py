@@ -165,9 +165,8 @@ def test_records_of_some_tests_alone_make_no_ledger(root):
 
 def test_the_tests_that_use_the_ledger_are_found(root):
     assert ledger_tests(root) == {IT, THEY}
-    assert "tests/test_logz.py::test_enumeration_agrees_with_a_transfer_matrix" in ledger_tests(
-        ROOT
-    )
+    claim = "tests/logz/test_exact.py::test_enumeration_agrees_with_a_transfer_matrix"
+    assert claim in ledger_tests(ROOT)
 
 
 def test_a_row_says_what_was_compared_and_by_which_test(root):

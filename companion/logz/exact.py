@@ -1,8 +1,4 @@
-"""Partition functions: exact, by enumeration.
-
-Every estimator of a partition function returns a `LogZ`, so that exact sums and Monte Carlo
-estimates meet on one plot.
-"""
+"""Partition functions by enumeration: exact, for models of a few bits."""
 
 from __future__ import annotations
 
