@@ -6,6 +6,10 @@
 Every package runs the same algorithm on the same target in single precision with the same step
 size, and keeps its draws. Times are processor time on one pinned thread, medians of interleaved
 runs; compilation is not counted, but the time of the first call is shown.
+
+NUTS is not quite the same algorithm: the companion stops a trajectory by Stan's criterion, and both
+peers take half of the momenta at its ends off their sum first, which stops it sooner. The leapfrog
+steps a draw are printed beside the times.
 """
 
 import argparse
@@ -205,6 +209,7 @@ def bench_random_walk(chains: int = 1000, dim: int = 10, steps: int = 200) -> No
 
     runs = {
         "companion": ours(random_walk(target, scale), x0, steps),
+        "companion, compiled": ours(random_walk(target, scale, compile=True), x0, steps),
         "BlackJAX": in_blackjax(peer, x0, steps),
         "emcee, Gaussian moves": in_emcee(emcee.moves.GaussianMove(scale**2)),
         "emcee, stretch moves": in_emcee(emcee.moves.StretchMove()),
