@@ -24,6 +24,8 @@ class LogZ:
         ess: effective sample size, or None.
         converged: whether the method's own iteration converged.
         covariance: covariance of the entries of a vector `value`, or None.
+        discretization: about how far off a numerical integral is apart from its Monte Carlo error,
+            which alone is in `std_error`; or None.
 
     >>> LogZ(2.0, 0.1).interval()
     (tensor(1.8040, dtype=torch.float64), tensor(2.1960, dtype=torch.float64))
@@ -35,6 +37,7 @@ class LogZ:
     ess: Tensor | None = None
     converged: bool = True
     covariance: Tensor | None = None
+    discretization: Tensor | None = None
 
     def __init__(
         self,
@@ -44,9 +47,10 @@ class LogZ:
         ess: Tensor | None = None,
         converged: bool = True,
         covariance: Tensor | None = None,
+        discretization: Tensor | float | None = None,
     ) -> None:
         as_float64 = {"value": value, "std_error": std_error, "log_weights": log_weights}
-        as_float64 |= {"ess": ess, "covariance": covariance}
+        as_float64 |= {"ess": ess, "covariance": covariance, "discretization": discretization}
         like = value if isinstance(value, Tensor) else torch.zeros((), device="cpu")
         for name, given in as_float64.items():
             field = None

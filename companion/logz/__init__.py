@@ -3,6 +3,16 @@
 Every function returns a `LogZ`, so that exact sums and Monte Carlo estimates meet on one plot.
 """
 
+from companion.logz.bridge import bar, bridge_sampling
 from companion.logz.exact import enumeration
+from companion.logz.ladder import sample_ladder
+from companion.logz.path_sampling import stepping_stone, thermodynamic_integration
 
-__all__ = ["enumeration"]
+__all__ = [
+    "bar",
+    "bridge_sampling",
+    "enumeration",
+    "sample_ladder",
+    "stepping_stone",
+    "thermodynamic_integration",
+]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,7 @@ from companion.mcmc.base import MoveInfo, expand, metropolis_accept
 from companion.tempering.paths import profile, start
 from companion.tempering.schedules import check_betas
 
-__all__ = ["ParallelTempering", "parallel_tempering", "swap_step"]
+__all__ = ["ParallelTempering", "move", "parallel_tempering", "stones", "swap_step", "to_next"]
 
 Swaps = Literal["even_odd", "random"]
 
@@ -86,6 +86,7 @@ def parallel_tempering(
     x0: Tensor | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    callback: Callable[[int, Tensor], object] | None = None,
 ) -> ParallelTempering:
     """Sample the target by replicas at all betas of a ladder, which swap their points.
 
@@ -115,6 +116,8 @@ def parallel_tempering(
             `(R, chains, *event)`; by default every replica starts at a draw of its own of the base.
         generator: source of randomness, on the path's device.
         progress: show a progress bar.
+        callback: `callback(i, x)` is called with the points of all rungs, `(R, chains, *event)`,
+            when draw i (from 0) is kept. What it returns is ignored.
 
     Returns:
         A `ParallelTempering`; `trace.x` has shape `(chains, draws, *event)`.
@@ -182,11 +185,7 @@ def parallel_tempering(
     num_steps = num_draws * thin
     for i in tqdm(range(-warmup, num_steps), disable=not progress):
         last = x[-1]
-        if from_base:
-            base = path.sample_base(num_chains, generator=generator)
-            x = torch.cat([base[None], path.step(x[1:], rows[1:], generator=generator)])
-        else:
-            x = path.step(x, rows, generator=generator)
+        x = move(path, x, rows, from_base, generator)
         levels = profile(path, x)(nearby)
         turn: Tensor | int = i % 2
         if swaps == "random":
@@ -204,12 +203,14 @@ def parallel_tempering(
         num_moved += (x[-1] != last).reshape(num_chains, -1).any(1)
         num_nan += info.is_nan.sum(0)
         swap_prob += info.accept_prob
-        log_ratio = torch.logaddexp(log_ratio, _log_weights(levels))
+        log_ratio = torch.logaddexp(log_ratio, to_next(levels[1], levels[2]))
         draw, remainder = divmod(i, thin)
         if remainder == thin - 1:
             draws[draw], replicas[draw] = x[-1], replica.T
             # The point at the top is its own, or came from below with its density for the top.
             log_prob[draw] = torch.where(order[-1] == num_rungs - 1, levels[1, -1], levels[2, -2])
+            if callback is not None:
+                callback(draw, x)
 
     if num_nan.any():
         warnings.warn(
@@ -232,7 +233,7 @@ def parallel_tempering(
         replicas.movedim(0, 1),
         round_trips,
         round_trips.double() / num_steps,
-        _log_z(path, log_ratio - math.log(num_steps)) if from_base else None,
+        stones(path, log_ratio - math.log(num_steps)) if from_base else None,
         x,
     )
 
@@ -268,18 +269,40 @@ def swap_step(levels: Tensor, active: Tensor, uniform: Tensor) -> tuple[Tensor, 
     return expand(rung, shift) + shift, info._replace(accepted=accepted)
 
 
-def _log_weights(levels: Tensor) -> Tensor:
-    """Log importance weights of the points for the rung above, `(R - 1, chains)`, float64.
+def move(
+    path: AnnealingPath,
+    x: Tensor,
+    rows: Tensor,
+    from_base: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Step the replicas `(R, chains, *event)` at their betas `(R, 1)`; `from_base` if the first
+    beta is 0, where an exact draw replaces the step."""
+    if not from_base:
+        return path.step(x, rows, generator=generator)
+    base = path.sample_base(x.shape[1], generator=generator)
+    return torch.cat([base[None], path.step(x[1:], rows[1:], generator=generator)])
+
+
+# ---------------------------------------------------------------- stepping stones
+
+
+def to_next(own: Tensor, above: Tensor) -> Tensor:
+    """Log importance weights of the points for the rung above, `(R - 1, ...)`, float64.
 
     A point without density at its own rung (a start outside of the support), or with a NaN, counts
     as one of weight zero.
+
+    Args:
+        own: log-density of the points at their own rung, `(R, ...)`.
+        above: at the rung above, of the same shape; the last row is not used.
     """
-    weights = levels[2, :-1] - levels[1, :-1]
+    weights = above[:-1] - own[:-1]
     return torch.where(weights < torch.inf, weights, -torch.inf)
 
 
-def _log_z(path: AnnealingPath, log_ratios: Tensor) -> LogZ:
-    """Stepping stones from each chain's log mean weights, `(R - 1, chains)`.
+def stones(path: AnnealingPath, log_ratios: Tensor) -> LogZ:
+    """Log Z by stepping stones from each chain's log mean weights, `(R - 1, chains)`.
 
     The delta method for a function of means over independent chains: a chain's influence is the sum
     over the rungs of its relative deviation, so that correlations between the rungs count.

@@ -386,7 +386,9 @@ def _mix(base: Tensor, target: Tensor, beta: Tensor | float) -> Tensor:
         return (1.0 - beta) * base + beta * target
     beta = beta.to(base)
     mixed = (1.0 - beta) * base + beta * target
-    return torch.where(beta == 0.0, base, torch.where(beta == 1.0, target, mixed))
+    # Where both are finite `mixed` is exact at the ends, too, and has the right derivative in beta.
+    ends = torch.where(beta == 0.0, base, torch.where(beta == 1.0, target, mixed))
+    return torch.where(mixed.isnan(), ends, mixed)
 
 
 def _accepting_beta(name: str, make: Callable[..., Kernel]) -> Callable[[LogProb, Tensor], Kernel]:

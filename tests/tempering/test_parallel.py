@@ -413,13 +413,13 @@ def test_the_standard_error_of_log_z_is_calibrated(rng, device, monkeypatch):
     # in succession and, by way of the swaps, neighbouring rungs have much in common.
     path = wide(device=device, rho=0.9)
     seen = []
-    monkeypatch.setattr(parallel, "_log_z", lambda path, log_ratios: seen.append(log_ratios))
+    monkeypatch.setattr(parallel, "stones", lambda path, log_ratios: seen.append(log_ratios))
     parallel_tempering(
         path, [0.0, 0.1, 0.3, 0.6, 1.0], 40, num_chains=8000, warmup=60, generator=rng(0, device)
     )
     monkeypatch.undo()
     parts = seen[0].split(40, dim=1)
-    estimates = [parallel._log_z(path, part) for part in parts]
+    estimates = [parallel.stones(path, part) for part in parts]
     error = torch.stack([e.value - path.log_z(1.0) for e in estimates])
     z = error / torch.stack([e.std_error for e in estimates])
     low, high = stats.chi2.ppf([0.5e-5, 1.0 - 0.5e-5], 200)

@@ -151,6 +151,24 @@ def test_ends_are_exact_where_the_other_density_is_zero(device):
     assert found[1, 1] == found[1, 3] == -math.inf
 
 
+def test_the_derivative_in_beta_is_right_at_the_ends_as_well(device):
+    base, target = (
+        lambda x: -0.5 * x.square().sum(-1),
+        lambda x: torch.where(x.sum(-1) > 0, x.prod(-1), -math.inf),
+    )
+    like = {"dtype": F64, "device": device}
+    law = Gaussian(torch.zeros(2, **like), torch.eye(2, **like))
+    path = GeometricPath(law, target, lambda density: random_walk(density, 1.0))
+    x = torch.tensor([[2.0, 0.5], [0.5, 1.0], [-3.0, 1.0]], **like)
+    for beta in (0.0, 0.3, 1.0):
+        b = torch.full((3,), beta, **like).requires_grad_()
+        value = profile(path, x)(b)
+        (slope,) = torch.autograd.grad(value.sum(), b)
+        torch.testing.assert_close(slope[:2], (target(x) - base(x))[:2])
+        assert not slope[2].isfinite()  # infinite, and never a number
+        assert (value[:2] == (1.0 - beta) * base(x)[:2] + beta * target(x)[:2]).all()
+
+
 def test_float32_points_have_float64_profiles(rng, device):
     path = gaussian_path(walk, device, torch.float32)
     x = path.sample_base(5, generator=rng(2, device))
