@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
@@ -24,6 +21,8 @@ from tools.pages import (
     pitfalls_page,
     run_times_page,
 )
+
+pytest_plugins = "pytester"
 
 TESTS = """
 def test_it_agrees(ledger):
@@ -306,26 +305,19 @@ def test_fails_on_a_nan_error(ledger):
 """
 
 
-def test_the_fixture_records_what_agrees_and_refuses_the_rest(tmp_path):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
-    (tmp_path / "tests/test_it.py").write_text(FIXTURE_TESTS)
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", "--color=no", "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.findall(r"^(PASSED|FAILED) \S+::test_(\S+)", run.stdout, re.M)
+def test_the_fixture_records_what_agrees_and_refuses_the_rest(pytester):
+    root = pytester.path
+    (root / "tests").mkdir()
+    (root / "tests/conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (root / "tests/test_it.py").write_text(FIXTURE_TESTS)
+    run = pytester.runpytest_inprocess("-rA", "--color=no", "--import-mode=importlib")
+    found = re.findall(r"^(PASSED|FAILED) \S+::test_(\S+)", run.stdout.str(), re.M)
     assert {name: "fails" in name for _, name in found} == {
         name: outcome == "FAILED" for outcome, name in found
-    }, run.stdout + run.stderr
+    }, run.stdout.str() + run.stderr.str()
     assert len(found) == 8
     records = [
-        json.loads(line)
-        for line in (tmp_path / "_build/ledger-records.jsonl").read_text().splitlines()
+        json.loads(line) for line in (root / "_build/ledger-records.jsonl").read_text().splitlines()
     ]
     rows = {r["test"].partition("::")[2]: [row["what"] for row in r["rows"]] for r in records}
     assert rows == {
