@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Two short steps are compiled: helpers of the compiler would take longer to start than it takes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 RECORDS = Path(__file__).parents[1] / "_build" / "ledger-records.jsonl"
 Z_LIMIT = 4.5  # standard errors: a two-sided false-alarm rate of 7e-6 a comparison
