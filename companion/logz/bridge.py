@@ -27,7 +27,7 @@ __all__ = ["Bridge", "bar", "bridge_sampling"]
 
 Bridge = Literal["optimal", "geometric", "reciprocal"]
 
-_FEWEST = 10.0  # effective draws on either side: a standard error of a third
+_WORST = 0.1  # relative variance: as if ten draws told the ratio
 
 
 @torch.no_grad()
@@ -129,11 +129,12 @@ def bar(log_w_forward: Tensor, log_w_reverse: Tensor, *, chains: bool = False) -
             error then counts autocorrelation.
 
     Returns:
-        A `LogZ` with entries `(*batch)`. `ess` is the effective number of draws that bridge the
-        two, of the side that has fewer; below ten a warning tells it, and the overlap of the two
-        densities, `int p q / (s_p p + s_q q)`, from 0 to 1 (they are the same). Where no draw of
-        one side has positive density under the other, nothing is known: the standard error is
-        infinite and `converged` false.
+        A `LogZ` with entries `(*batch)`. `ess` is the effective number of draws of one side that
+        lie where the other has mass: at best, where the densities are the same, n_0 n_1 / (n_0 +
+        n_1). A warning tells when the standard error exceeds a third (then nothing is known), and
+        the overlap of the two densities, `int p q / (s_p p + s_q q)`, from 0 to 1 (they are the
+        same). Where no draw of one side has positive density under the other, the standard error
+        is infinite and `converged` false.
 
     Raises:
         ValueError: log weights that are NaN or plus infinity, or none at all.
@@ -182,7 +183,7 @@ def solve(forward: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.where(solvable, 0.5 * never, 0.0)
     moved = torch.full_like(c, math.inf)
     for _ in range(200):
-        terms = _terms(forward, reverse, c)
+        terms = bennett_terms(forward, reverse, c)
         sums = [t.logsumexp(0) for t in terms]
         gap, slope = sums[0] - sums[1], torch.full_like(c, 2.0)  # minus the derivative of the gap
         for t, total in zip(terms, sums, strict=True):
@@ -199,7 +200,7 @@ def solve(forward: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(solvable, c, never), solvable & (moved <= small)
 
 
-def _terms(forward: Tensor, reverse: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def bennett_terms(forward: Tensor, reverse: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The logarithms of both sides' terms in Bennett's equation."""
     m = math.log(len(reverse) / len(forward))
     return logsigmoid(forward + m - c), logsigmoid(reverse - m + c)
@@ -214,11 +215,11 @@ def _estimate(
     """log mean a - log mean b, of the logarithms of the terms (n, *batch); None is Bennett's."""
     if terms is None:
         value, found = solve(forward, reverse)
-        terms = bennett = _terms(forward, reverse, value)
+        terms = bennett = bennett_terms(forward, reverse, value)
     else:
         means = [t.logsumexp(0) - math.log(len(t)) for t in terms]
         value = means[0] - means[1]
-        found, bennett = value.isfinite(), _terms(forward, reverse, value)
+        found, bennett = value.isfinite(), bennett_terms(forward, reverse, value)
     shared = torch.minimum(*(t.exp().sum(0) for t in bennett))
     variance, ess = torch.zeros_like(value), torch.full_like(value, math.inf)
     for side, t in enumerate(terms):
@@ -236,9 +237,10 @@ def _estimate(
         variance = torch.maximum(variance, 1.0 / shared - harmonic)
     known = value.isfinite() & (shared > 0.0)
     ess = torch.where(known, ess, 0.0)
-    if (ess < _FEWEST).any():
+    poor = (variance > _WORST) | ~known
+    if poor.any():
         warnings.warn(
-            f"the two densities hardly overlap in {int((ess < _FEWEST).sum())} of {ess.numel()} "
+            f"the two densities hardly overlap in {int(poor.sum())} of {poor.numel()} "
             f"problems: effectively {float(ess.min()):.1f} draws of one lie where the other has "
             f"mass, and the overlap is {float((shared * harmonic).nan_to_num(0.0).min()):.2g} (1 "
             "if they are the same). The estimate and its standard error may be far off: bring them "
