@@ -70,8 +70,9 @@ def set_theme(page: Page, theme: Theme) -> None:
                 still.textContent = '* {transition: none !important; animation: none !important}';
                 document.head.append(still);
             }
-            document.documentElement.dataset.theme = theme;
-            document.documentElement.dataset.mode = theme;
+            const root = document.documentElement.dataset;
+            if (root.theme !== theme) root.theme = theme;  // setting it anew restyles the page
+            if (root.mode !== theme) root.mode = theme;
             document.querySelectorAll('details').forEach(one => { one.open = true; });
             document.querySelectorAll('.toggle-hidden').forEach(
                 one => one.classList.remove('toggle-hidden'));
@@ -202,13 +203,27 @@ def low_contrast(page: Page) -> list[str]:
             }, [255, 255, 255, 1]);
             const opacity = remembered(
                 (one, product) => product * parseFloat(styleOf(one).opacity), 1);
-            const texts = new Map();
-            const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+            const texts = new Map(), kinds = new Map();
+            const unread = new Set(['SCRIPT', 'STYLE', 'NOSCRIPT', 'MJX-ASSISTIVE-MML']);
+            const walk = document.createTreeWalker(
+                document.body,
+                NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT,
+                node => unread.has(node.nodeName)
+                    ? NodeFilter.FILTER_REJECT : NodeFilter.FILTER_ACCEPT);
             while (walk.nextNode()) {
+                if (walk.currentNode.nodeType !== Node.TEXT_NODE) continue;
                 const text = walk.currentNode.textContent.trim();
                 const one = walk.currentNode.parentElement;
-                if (text && !one.closest('script, style, noscript, mjx-assistive-mml'))
-                    texts.set(one, text);
+                if (!text || texts.has(one)) continue;
+                // Code is thousands of spans: one of each class in a parent stands for the others.
+                if (one.tagName === 'SPAN' && one.attributes.length === 1 && one.className
+                    && one.closest('pre')) {
+                    const parent = one.parentElement;
+                    if (!kinds.has(parent)) kinds.set(parent, new Set());
+                    if (kinds.get(parent).has(one.className)) continue;
+                    kinds.get(parent).add(one.className);
+                }
+                texts.set(one, text);
             }
             document.querySelectorAll('mjx-math').forEach(one => texts.set(one, 'formula'));
             const bad = new Map();

@@ -28,7 +28,12 @@ FLAGS = [
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files without a line in the log for each of them."""
+    """Serves files to be kept by the browser, without a line in the log for each of them."""
+
+    def end_headers(self) -> None:
+        """Let what the pages share be fetched, and its scripts be compiled, once."""
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""

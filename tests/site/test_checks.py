@@ -106,6 +106,8 @@ def test_a_sound_page_passes(tab: Page, origin: str, folder: Path, parts: dict[s
         ("low_contrast", {"body": GREY.format("opacity: 0.4")}),
         ("low_contrast", {"body": GREY.format("background: #333")}),
         ("low_contrast", {"body": GREY.format("color: rgb(0 0 0 / 30%)")}),
+        ("low_contrast", {"body": "<pre><span class='n'>x</span> <span class='p'>y</span></pre>",
+                          "style": "body span.p {color: #ccc}"}),
         ("low_contrast", {"body": "<mjx-math style='color: #ccc'>x</mjx-math>"}),
         ("transparent_figures", {"body": f"<img alt='red' src='{png(254)}'>"}),
     ],
