@@ -108,23 +108,22 @@ def bridge_sampling(
 
 @torch.no_grad()
 def bar(log_w_forward: Tensor, log_w_reverse: Tensor, *, chains: bool = False) -> LogZ:
-    """Bennett's acceptance ratio: log Z_1 - log Z_0 from the log weights of both directions.
+    """Bennett's acceptance ratio: log Z_1 - log Z_0 from log weights of both directions.
 
-    It solves, for `c = log Z_1 - log Z_0`, with u the forward and v the reverse log weights and
-    `m = log(n_1 / n_0)`,
+    It solves, for `c = log Z_1 - log Z_0`, with log weights u_i of draws from 0 and v_j of draws
+    from 1, and `m = log(n_1 / n_0)`,
 
-        sum_i sigmoid(u_i + m - c) = sum_j sigmoid(v_j - m + c).
+        sum_i sigmoid(u_i + m - c) = sum_j sigmoid(c - m - v_j).
 
-    This is the optimal bridge. It needs the weights alone, so it takes those of annealed importance
-    sampling as well, forward and reverse: their paths satisfy the same relation as points do. Of
-    work values W it takes `-W` of both directions; c is minus the difference in free energy.
+    This is the optimal bridge. It needs the weights alone, so it takes those of `ais` and
+    `reverse_ais` as well, as they are: their paths satisfy the same relation as points do. Of work
+    W done from 0 to 1 the log weights are -W, and c is minus the difference in free energy.
 
     Args:
-        log_w_forward: n_0 log weights of draws from density 0, `log p~_1(x) - log p~_0(x)` or of
-            paths from there, `(n_0, *batch)`: their exponentials average to `Z_1 / Z_0`. Minus
-            infinity is a weight of zero.
-        log_w_reverse: n_1 log weights of draws from density 1, `log p~_0(x) - log p~_1(x)` or of
-            paths from there, `(n_1, *batch)`: their exponentials average to `Z_0 / Z_1`.
+        log_w_forward: `log w = log p~_1(x) - log p~_0(x)` at n_0 draws from density 0, or along
+            paths from there, `(n_0, *batch)`: w averages to `Z_1 / Z_0`.
+        log_w_reverse: the same log w, with the same sign, at n_1 draws from density 1, or along
+            paths from there, `(n_1, *batch)`: 1 / w averages to `Z_0 / Z_1`.
         chains: the weights are those of Markov chains, `(chains, draws, *batch)`; the standard
             error then counts autocorrelation.
 
@@ -137,7 +136,8 @@ def bar(log_w_forward: Tensor, log_w_reverse: Tensor, *, chains: bool = False) -
         is infinite and `converged` false.
 
     Raises:
-        ValueError: log weights that are NaN or plus infinity, or none at all.
+        ValueError: log weights that are NaN, plus infinity forward or minus infinity in reverse
+            (a draw where its own density is zero), or fewer than two of a direction.
 
     Reference: Bennett (1976), *Efficient estimation of free energy differences from Monte Carlo
     data*; Shirts, Bair, Hooker and Pande (2003), *Equilibrium free energies from nonequilibrium
@@ -145,12 +145,12 @@ def bar(log_w_forward: Tensor, log_w_reverse: Tensor, *, chains: bool = False) -
 
     >>> g = torch.Generator().manual_seed(0)
     >>> x_0, x_1 = torch.randn(2000, generator=g), 0.5 * torch.randn(2000, generator=g)
-    >>> log_z = bar(-1.5 * x_0**2, 1.5 * x_1**2)
+    >>> log_z = bar(-1.5 * x_0**2, -1.5 * x_1**2)
     >>> print(f"{log_z.value:.3f} +/- {log_z.std_error:.3f}")             # log(1/2) = -0.693
     -0.682 +/- 0.014
     """
     forward = _checked("log_w_forward", log_w_forward, chains)
-    reverse = _checked("log_w_reverse", log_w_reverse, chains)
+    reverse = _checked("-log_w_reverse", -log_w_reverse, chains)
     if forward.shape[1:] != reverse.shape[1:]:
         raise ValueError(
             "the log weights of both directions must agree in all dimensions but those of the "
