@@ -2,7 +2,18 @@
 weighed on the way. The mean weight estimates Z.
 """
 
+from companion.annealing.ais import Sandwich, ais, bidirectional, reverse_ais
 from companion.annealing.genealogy import lineage, num_ancestors
 from companion.annealing.smc import SMCResult, adaptive_schedule, smc
 
-__all__ = ["SMCResult", "adaptive_schedule", "lineage", "num_ancestors", "smc"]
+__all__ = [
+    "SMCResult",
+    "Sandwich",
+    "adaptive_schedule",
+    "ais",
+    "bidirectional",
+    "lineage",
+    "num_ancestors",
+    "reverse_ais",
+    "smc",
+]

@@ -18,6 +18,7 @@ from companion.core import LogZ
 from companion.inputs import check_count, check_generator
 
 __all__ = [
+    "bootstrap_std_error",
     "effective_sample_size",
     "log_mean_weight",
     "pareto_k",
@@ -84,6 +85,57 @@ def log_mean_weight(log_weights: Tensor) -> LogZ:
         log_weights,
         1.0 / share.square().sum(0),
     )
+
+
+_RESAMPLED = 2**22  # weights gathered at a time: 32 MiB
+
+
+@torch.no_grad()
+def bootstrap_std_error(
+    log_weights: Tensor, num_resamples: int = 1000, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """The standard error of the log of the mean weight, by the bootstrap.
+
+    Draws are resampled n out of n with replacement, again and again; the standard deviation of the
+    logs of their mean weights is the answer. Unlike that of `log_mean_weight`, by the delta method,
+    it knows that the logarithm is curved, and may exceed 1; for well-behaved weights they agree.
+    Neither knows of large weights that no draw has found.
+
+    Args:
+        log_weights: `(n, *batch)`, independent draws along the first dimension, n at least 2; of
+            `reverse_ais`, take minus its log weights.
+        num_resamples: how often, at least 2; 1,000 give it to within 2 %.
+        generator: source of randomness, on the device of `log_weights`.
+
+    Returns:
+        `(*batch)`, float64; infinity where a resample had weights of zero alone.
+
+    Raises:
+        ValueError: as in `log_mean_weight`, or a count out of range.
+
+    Reference: Efron (1979), *Bootstrap methods: another look at the jackknife*.
+
+    >>> log_weights = 0.5 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    >>> other = bootstrap_std_error(log_weights, generator=torch.Generator().manual_seed(1))
+    >>> print(f"{log_mean_weight(log_weights).std_error:.3f}, bootstrap {other:.3f}")
+    0.019, bootstrap 0.019
+    """
+    _normalised(log_weights)  # for its checks
+    check_count("num_resamples", num_resamples, minimum=2)
+    check_generator(generator, log_weights.device)
+    log_weights = log_weights.detach().double()
+    n = len(log_weights)
+    if n < 2:
+        raise ValueError(f"a standard error needs at least 2 weights, got {n}")
+    means = []
+    size = max(1, _RESAMPLED // log_weights.numel())
+    for first in range(0, num_resamples, size):
+        shape = (min(size, num_resamples - first), n)
+        chosen = torch.randint(n, shape, generator=generator, device=log_weights.device)
+        means.append(log_weights[chosen].logsumexp(1))
+    log_means = torch.cat(means)
+    dead = (log_means == -math.inf).any(0)
+    return torch.where(dead, math.inf, log_means.std(0))
 
 
 _FEWEST = 25  # weights for a tail of five, the shortest that arviz-stats fits

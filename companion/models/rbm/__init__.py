@@ -14,8 +14,21 @@ from companion.models.rbm.annealing import RBMPath
 from companion.models.rbm.centred import CentredRBM
 from companion.models.rbm.gaussian import GaussianRBM
 from companion.models.rbm.labels import LabelRBM
+from companion.models.rbm.likelihood import LogLikelihood
 from companion.models.rbm.model import RBM
 from companion.models.rbm.ratings import RatingRBM
+from companion.models.rbm.relatives import GaussianRBMPath, LabelRBMPath
 from companion.models.rbm.sums import MAX_ENUMERATED
 
-__all__ = ["MAX_ENUMERATED", "RBM", "CentredRBM", "GaussianRBM", "LabelRBM", "RBMPath", "RatingRBM"]
+__all__ = [
+    "MAX_ENUMERATED",
+    "RBM",
+    "CentredRBM",
+    "GaussianRBM",
+    "GaussianRBMPath",
+    "LabelRBM",
+    "LabelRBMPath",
+    "LogLikelihood",
+    "RBMPath",
+    "RatingRBM",
+]

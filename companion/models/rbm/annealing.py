@@ -1,10 +1,14 @@
-"""The machine's annealing path: its energy is turned on step by step.
+"""The machines' annealing paths: their energies are turned on step by step.
 
-    E_beta(v, h) = beta E(v, h) - (1 - beta) a.v
-    log p~_beta(v) = ((1 - beta) a + beta b).v + sum_j softplus(beta (c_j + (v.W)_j))
+    E_beta(v, h) = beta E(v, h) + (1 - beta) E_0(v)
 
-At beta = 0 the units are independent, with visible biases a; at beta = 1 this is the machine. At
-every beta it is a machine, with weights beta W, so its conditionals are as exact.
+At beta = 0 the visible units are independent, with the energy E_0 of the base, and the hidden ones
+are fair coins; at beta = 1 this is the machine. At every beta it is a machine with weights beta W
+and hidden biases beta c, so its conditionals are as exact. Summing out the hidden units,
+
+    log p~_beta(v) = -(1 - beta) E_0(v) - beta E_1(v) + sum_j softplus(beta a_j(v)),
+
+where E_1 is what E says of v alone and a_j is what hidden unit j receives at beta = 1.
 """
 
 from __future__ import annotations
@@ -17,13 +21,93 @@ from torch import Tensor
 
 from companion.inputs import check_count, check_finite, check_generator
 from companion.models.rbm.model import RBM, bernoulli, dot, row
-from companion.models.rbm.units import softplus
+from companion.models.rbm.units import of_units, softplus, softplus_change
 
-__all__ = ["RBMPath"]
+__all__ = ["MachinePath", "RBMPath", "checked", "coins", "mix"]
 
 
-class RBMPath:
-    """The annealing path of a machine (`RBM.annealing_path`).
+class MachinePath:
+    """What all machines' paths have in common: how they weigh and move."""
+
+    @torch.no_grad()
+    def log_prob(self, v: Tensor, beta: Tensor | float) -> Tensor:
+        """`log p~_beta(v)`, `(..., D) -> (...)`; `beta` broadcasts over the leading dimensions."""
+        v = self._check(v)
+        start, end = self._ends(v)
+        beta = beta.to(v) if isinstance(beta, Tensor) else beta
+        hidden = softplus(of_units(beta, v) * self._inputs(v)).sum(-1)
+        return mix(start, end, beta).to(v.dtype) + hidden
+
+    @torch.no_grad()
+    def profile(self, v: Tensor) -> Callable[[Tensor | float], Tensor]:
+        """The log-density at `v` as a function of beta, in float64: one product with W."""
+        v = self._check(v)
+        inputs = self._inputs(v).double()  # log weights are differences between close betas
+        start, end = self._ends(v)
+
+        def at(beta: Tensor | float) -> Tensor:
+            hidden = softplus(of_units(beta, inputs) * inputs).sum(-1)
+            return mix(start, end, beta if isinstance(beta, Tensor) else float(beta)) + hidden
+
+        return at
+
+    @torch.no_grad()
+    def step(
+        self, v: Tensor, beta: Tensor | float, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A sweep of block Gibbs sampling at `beta`, `(..., D) -> (..., D)`."""
+        v = self._check(v, generator)
+        return self._sweep(self._inputs(v), of_units(beta, v), generator)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        v: Tensor,
+        beta: Tensor | float,
+        next_beta: Tensor | float,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weigh and move, as `companion.tempering.advance` does, with two products in all."""
+        v = self._check(v, generator)
+        inputs = self._inputs(v)
+        increment = (next_beta - beta) * self._slope(v) + softplus_change(inputs, beta, next_beta)
+        return self._sweep(inputs, of_units(next_beta, v), generator), increment
+
+    def _sweep(
+        self, inputs: Tensor, beta: Tensor | float, generator: torch.Generator | None
+    ) -> Tensor:
+        h = coins((beta * inputs).sigmoid_(), generator)
+        return self._draw_visible(h, beta, generator)
+
+    def _slope(self, v: Tensor) -> Tensor:
+        """`E_0(v) - E_1(v)`, float64: how the part of v alone grows with beta."""
+        start, end = self._ends(v)
+        return end - start
+
+    # ------------------------------------------------------------ what each machine has its own
+
+    def _check(self, v: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """States as they are needed, or an error."""
+        raise NotImplementedError
+
+    def _inputs(self, v: Tensor) -> Tensor:
+        """What the hidden units receive at beta = 1, a new tensor."""
+        raise NotImplementedError
+
+    def _ends(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`-E_0(v)` and `-E_1(v)`, float64."""
+        raise NotImplementedError
+
+    def _draw_visible(
+        self, h: Tensor, beta: Tensor | float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Visible units given hidden ones."""
+        raise NotImplementedError
+
+
+class RBMPath(MachinePath):
+    """The annealing path of a machine (`RBM.annealing_path`); `E_0(v) = -a.v`.
 
     A step is a sweep of block Gibbs sampling: all hidden units given the visible ones, then the
     reverse. As a kernel on v it is reversible. It costs two products with W; `advance` weighs and
@@ -41,16 +125,7 @@ class RBMPath:
     """
 
     def __init__(self, rbm: RBM, base_bias: Tensor | None = None) -> None:
-        if base_bias is not None:
-            check_finite("base_bias", base_bias)
-            b = rbm.b
-            if (base_bias.shape, base_bias.dtype, base_bias.device) != (b.shape, b.dtype, b.device):
-                raise ValueError(
-                    f"base_bias must be {tuple(b.shape)} of {b.dtype} on {b.device}, got "
-                    f"{tuple(base_bias.shape)} of {base_bias.dtype} on {base_bias.device}"
-                )
-            base_bias = base_bias.detach()
-        self.rbm, self.base_bias = rbm, base_bias
+        self.rbm, self.base_bias = rbm, checked("base_bias", base_bias, rbm.b)
 
     @property
     def base_log_z(self) -> Tensor:
@@ -69,74 +144,59 @@ class RBMPath:
         probs = torch.sigmoid(self._a)[..., None, :]
         return bernoulli(probs.expand(*self.rbm.batch_shape, n, -1), generator)
 
-    @torch.no_grad()
-    def log_prob(self, v: Tensor, beta: Tensor | float) -> Tensor:
-        """`log p~_beta(v)`, `(..., D) -> (...)`; `beta` broadcasts over the leading dimensions."""
-        v = self._check(v)
-        beta, rbm = _of_units(beta, v), self.rbm
-        visible = (v * _mix(row(self._a), row(rbm.b), beta)).sum(-1)
-        return visible + softplus(beta * (row(rbm.c) + v @ rbm.W)).sum(-1)
-
-    @torch.no_grad()
-    def profile(self, v: Tensor) -> Callable[[Tensor | float], Tensor]:
-        """The log-density at `v` as a function of beta, in float64: one product with W."""
-        v = self._check(v)
-        return self._profile(v, row(self.rbm.c) + v @ self.rbm.W)
-
-    @torch.no_grad()
-    def step(
-        self, v: Tensor, beta: Tensor | float, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """A sweep of block Gibbs sampling at `beta`, `(..., D) -> (..., D)`."""
+    def _check(self, v: Tensor, generator: torch.Generator | None = None) -> Tensor:
         check_generator(generator, self.rbm.W.device)
-        v = self._check(v)
-        return self._sweep(row(self.rbm.c) + v @ self.rbm.W, _of_units(beta, v), generator)
-
-    @torch.no_grad()
-    def advance(
-        self,
-        v: Tensor,
-        beta: Tensor | float,
-        next_beta: Tensor | float,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Weigh and move, as `companion.tempering.advance` does, with two products in all."""
-        check_generator(generator, self.rbm.W.device)
-        v = self._check(v)
-        inputs = row(self.rbm.c) + v @ self.rbm.W
-        at = self._profile(v, inputs)
-        increment = at(next_beta) - at(beta)
-        return self._sweep(inputs, _of_units(next_beta, v), generator), increment
-
-    def _check(self, v: Tensor) -> Tensor:
         return self.rbm._check_units("v", v, self.rbm.num_visible)
 
-    def _profile(self, v: Tensor, inputs: Tensor) -> Callable[[Tensor | float], Tensor]:
-        # float64: log weights are differences between close betas
-        inputs = inputs.detach().double()
-        start, end = (dot(v, bias.detach()) for bias in (self._a, self.rbm.b))
-        start, end = start.double(), end.double()
+    def _inputs(self, v: Tensor) -> Tensor:
+        return (v @ self.rbm.W).add_(row(self.rbm.c))
 
-        def at(beta: Tensor | float) -> Tensor:
-            hidden = softplus(_of_units(beta, inputs) * inputs).sum(-1)
-            return _mix(start, end, beta if isinstance(beta, Tensor) else float(beta)) + hidden
+    def _ends(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return dot(v, self._a).double(), dot(v, self.rbm.b).double()
 
-        return at
+    def _slope(self, v: Tensor) -> Tensor:
+        return dot(v, self.rbm.b - self._a).double()
 
-    def _sweep(
-        self, inputs: Tensor, beta: Tensor | float, generator: torch.Generator | None
+    def _draw_visible(
+        self, h: Tensor, beta: Tensor | float, generator: torch.Generator | None
     ) -> Tensor:
-        rbm = self.rbm
-        h = bernoulli(torch.sigmoid(beta * inputs), generator)
-        bias = _mix(row(self._a), row(rbm.b), beta)
-        return bernoulli((h @ rbm.W.mT).mul_(beta).add_(bias).sigmoid_(), generator)
+        bias = mix(row(self._a), row(self.rbm.b), beta)
+        return coins((h @ self.rbm.W.mT).mul_(beta).add_(bias).sigmoid_(), generator)
 
 
-def _of_units(beta: Tensor | float, like: Tensor) -> Tensor | float:
-    """`beta`, which broadcasts over leading dimensions, made to broadcast over units as well."""
-    return beta.to(like)[..., None] if isinstance(beta, Tensor) else beta
+# ---------------------------------------------------------------- inside
 
 
-def _mix(start: Tensor, end: Tensor, beta: Tensor | float) -> Tensor:
+def coins(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Zeros and ones with the given probabilities, `(..., units)`, as `bernoulli` draws them.
+
+    In single precision random numbers cost a third of what the products cost, so bits are saved:
+    with 16 bits k, uniform on 0..65535, and a uniform u of [0, 1), a unit is on where
+    `k + u < 65536 p`. This is exact, and u matters once in 65,536 times: the states in a batch have
+    u in common, one number a unit. Each state still has independent units; that a unit is decided
+    by u in two given states at once has a probability of 2e-10.
+    """
+    if probs.dtype != torch.float32:
+        return bernoulli(probs, generator)
+    bits = torch.empty((probs.numel() + 3) // 4, dtype=torch.int64, device=probs.device)
+    bits.random_(-(2**63), None, generator=generator)  # all 64 bits of each
+    k = bits.view(torch.uint16)[: probs.numel()].view(probs.shape).to(probs.dtype)
+    u = torch.rand(probs.shape[-1:], dtype=probs.dtype, device=probs.device, generator=generator)
+    return k.sub_(probs, alpha=65536.0).lt_(-u)  # exact where u matters
+
+
+def checked(name: str, x: Tensor | None, like: Tensor) -> Tensor | None:
+    """A parameter of the base, without gradient, or an error unless it is as the machine's own."""
+    if x is None:
+        return None
+    check_finite(name, x)
+    if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+        raise ValueError(
+            f"{name} must be {tuple(like.shape)} of {like.dtype} on {like.device}, got "
+            f"{tuple(x.shape)} of {x.dtype} on {x.device}"
+        )
+    return x.detach()
+
+
+def mix(start: Tensor, end: Tensor, beta: Tensor | float) -> Tensor:
     return (1.0 - beta) * start + beta * end

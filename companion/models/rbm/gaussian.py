@@ -10,15 +10,20 @@ common diagonal covariance, whose means are the sums of subsets of the columns o
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from companion.core import LogZ
 from companion.inputs import check_count, check_finite, check_generator
+from companion.models.rbm import likelihood
 from companion.models.rbm.model import bernoulli
 from companion.models.rbm.sums import log_sum_states
 from companion.models.rbm.units import check_binary, check_states, small_weights, softplus
+
+if TYPE_CHECKING:
+    from companion.models.rbm.relatives import GaussianRBMPath
 
 __all__ = ["GaussianRBM"]
 
@@ -157,6 +162,8 @@ class GaussianRBM(nn.Module):
         total = log_sum_states(self.W.T, self.c, b, integrate)
         return total + 0.5 * (math.log(2.0 * math.pi) + log_variance).sum()
 
+    log_likelihood = likelihood.log_likelihood
+
     # ------------------------------------------------------------ conditionals and sampling
 
     def hidden_probs(self, v: Tensor) -> Tensor:
@@ -209,6 +216,23 @@ class GaussianRBM(nn.Module):
             h = bernoulli(torch.sigmoid(self.c + v @ scaled_weights), generator)
             v = self._add_noise(self.b + h @ self.W.T, generator)
         return v
+
+    def annealing_path(
+        self, base_mean: Tensor | None = None, base_variance: Tensor | None = None
+    ) -> GaussianRBMPath:
+        """The path from independent normals to this machine, with exact conditionals.
+
+        Args:
+            base_mean: mean of each unit in the base, `(D,)`; None takes b.
+            base_variance: its variance, `(D,)`; None takes s^2, that of v given h. The data's own
+                mean and variance are a better start.
+
+        Returns:
+            A `GaussianRBMPath`. It looks at the machine as it is at the time of each call.
+        """
+        from companion.models.rbm.relatives import GaussianRBMPath  # which imports this module
+
+        return GaussianRBMPath(self, base_mean, base_variance)
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:

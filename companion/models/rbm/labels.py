@@ -9,12 +9,15 @@ given the other.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from companion.core import LogZ
 from companion.inputs import check_count, check_generator, check_real
+from companion.models.rbm import likelihood
 from companion.models.rbm.model import bernoulli
 from companion.models.rbm.sums import log_sum_states
 from companion.models.rbm.units import (
@@ -24,6 +27,9 @@ from companion.models.rbm.units import (
     small_weights,
     softplus,
 )
+
+if TYPE_CHECKING:
+    from companion.models.rbm.relatives import LabelRBMPath
 
 __all__ = ["LabelRBM"]
 
@@ -198,6 +204,8 @@ class LabelRBM(nn.Module):
 
         return log_sum_states(weights.T, self.c, bias, sum_out)
 
+    log_likelihood = likelihood.log_likelihood
+
     # ------------------------------------------------------------ conditionals and sampling
 
     def hidden_probs(self, v: Tensor) -> Tensor:
@@ -281,6 +289,20 @@ class LabelRBM(nn.Module):
             h = bernoulli(torch.sigmoid(hidden_bias + x @ self.W), generator)
             x = bernoulli(torch.sigmoid(self.b + h @ self.W.T), generator)
         return x
+
+    def annealing_path(self, base_bias: Tensor | None = None) -> LabelRBMPath:
+        """The path from independent units to this machine, with exact conditionals.
+
+        Args:
+            base_bias: biases of the base, `(D + K,)`, of the units of x and then of the labels.
+                None takes zeros; `init_from_data` computes the data's own, a better start.
+
+        Returns:
+            A `LabelRBMPath`. It looks at the machine as it is at the time of each call.
+        """
+        from companion.models.rbm.relatives import LabelRBMPath  # which imports this module
+
+        return LabelRBMPath(self, base_bias)
 
     @torch.no_grad()
     def sample_base(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from companion.core import LogZ
 from companion.inputs import check_count, check_generator, check_real
+from companion.models.rbm import likelihood
 from companion.models.rbm.sums import log_sum_states
 from companion.models.rbm.units import check_binary, small_weights, softplus
 
@@ -155,6 +156,8 @@ class RBM(nn.Module):
         if self.num_hidden < self.num_visible:  # sum over h instead of v; v sums out in closed form
             weights, own, other = weights.mT, other, own
         return log_sum_states(weights, own, other, lambda inputs: softplus(inputs).sum(-1))
+
+    log_likelihood = likelihood.log_likelihood
 
     # ------------------------------------------------------------ conditionals and sampling
 

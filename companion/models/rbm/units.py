@@ -1,6 +1,8 @@
-"""What the machines share: small weights, checks of states, a draw of K."""
+"""What the machines share: small weights, softplus, checks of states, a draw of K."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,10 @@ __all__ = [
     "check_binary",
     "check_states",
     "check_whole",
+    "of_units",
     "small_weights",
     "softplus",
+    "softplus_change",
 ]
 
 
@@ -35,6 +39,57 @@ def small_weights(
 def softplus(x: Tensor) -> Tensor:
     """`log(1 + exp(x))` to double precision: PyTorch's default drops 2e-9 where x is above 20."""
     return nn.functional.softplus(x, threshold=40.0)
+
+
+def softplus_change(inputs: Tensor, beta: Tensor | float, next_beta: Tensor | float) -> Tensor:
+    """`sum_j softplus(next_beta a_j) - softplus(beta a_j)` without cancellation, float64.
+
+    With d = next_beta - beta >= 0 (otherwise the two change their roles, and the sign),
+
+        softplus((beta + d) a) - softplus(beta a)
+            = d max(a, 0) + log(1 + sigmoid(-beta |a|) (exp(-d |a|) - 1)).
+
+    The second term lies between 0 and minus half of `d |a|`: the sum is as precise as the dtype is,
+    however close the two betas are, and nothing overflows. Its logarithms are those of products of
+    four factors 1 + m, from 1/16 to 1, which takes a quarter of them:
+    `(1 + m)(1 + n) = 1 + (m + n + m n)`.
+
+    Args:
+        inputs: a, `(..., units)`.
+        beta: at least 0, a number or a tensor that broadcasts over the leading dimensions.
+        next_beta: likewise.
+
+    >>> a, close = torch.tensor([3.0]), 0.5 + 1e-6        # sigmoid(1.5) 3 1e-6, in single precision
+    >>> f"{softplus_change(a, 0.5, close):.4e}"
+    '2.4527e-06'
+    """
+    low: Tensor | float
+    distance: Tensor | float
+    sign: Tensor | float
+    if isinstance(beta, Tensor) or isinstance(next_beta, Tensor):
+        start, end = (
+            torch.as_tensor(x, dtype=torch.float64, device=inputs.device) for x in (beta, next_beta)
+        )
+        low, distance = torch.minimum(start, end), end - start
+        sign, distance = distance.sign(), distance.abs()
+    else:
+        low, distance = min(beta, next_beta), abs(next_beta - beta)
+        sign = math.copysign(1.0, next_beta - beta)
+    size = inputs.abs()
+    m = (size * of_units(-low, size)).sigmoid_()
+    m = m * (size * of_units(-distance, size)).expm1_()
+    for _ in range(2):
+        half = m.shape[-1] // 2
+        first, last = m[..., :half], m[..., m.shape[-1] - half :]
+        first.addcmul_(first, last).add_(last)
+        m = m[..., : m.shape[-1] - half]  # with the middle one, if their number is odd
+    positive = inputs.clamp(min=0.0).sum(-1, dtype=torch.float64)
+    return sign * (distance * positive + m.log1p().sum(-1, dtype=torch.float64))
+
+
+def of_units(beta: Tensor | float, like: Tensor) -> Tensor | float:
+    """`beta`, which broadcasts over leading dimensions, made to broadcast over units as well."""
+    return beta.to(like)[..., None] if isinstance(beta, Tensor) else beta
 
 
 def categorical(logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -64,7 +119,7 @@ def check_binary(name: str, x: Tensor, num_units: int, like: Tensor) -> Tensor:
     """Return `x` in the dtype of the parameter `like`, or raise if it is no batch of zeros and
     ones, `(..., num_units)`."""
     x = check_states(name, x, num_units, like)
-    if torch.count_nonzero(x * (x - 1)):  # also counts NaN and infinity
+    if (x - 1).mul_(x).abs_().sum() != 0:  # so it is with NaN and infinity, too
         check_finite(name, x)
         first = tuple(torch.nonzero(x * (x - 1))[0].tolist())
         raise ValueError(
