@@ -17,7 +17,7 @@ MAX_ENUMERATED = 25
 
 _MAX_DIFFERENTIATED = 16  # the graph keeps all 2^n states
 _BLOCK_BITS = 12  # at most 2^12 states in a block
-_BLOCK_NUMBERS = 22  # and at most 2^22 numbers: 32 MiB of the other layer's inputs
+_BLOCK_NUMBERS = 19  # and at most 2^19 numbers: 4 MiB of the other layer's inputs fit a cache
 
 
 def log_sum_states(
