@@ -228,7 +228,11 @@ def _run_epoch(
 def _finite(tensors: Iterable[Tensor]) -> bool:
     # One NaN or infinity spoils the sum, which is 50 times quicker than a look at every entry; a
     # sum of finite entries that overflows gets the look.
-    return all(bool(x.sum().isfinite()) or bool(x.isfinite().all()) for x in tensors)
+    tensors = list(tensors)
+    sums = [x.sum().float() for x in tensors]
+    if not sums or bool(torch.stack(sums).isfinite().all()):
+        return True
+    return all(bool(x.isfinite().all()) for x in tensors)
 
 
 @torch.no_grad()
