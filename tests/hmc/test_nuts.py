@@ -20,7 +20,7 @@ from companion.testing import assert_invariant, invariance_test
 
 module = importlib.import_module("companion.hmc.nuts")  # its name is also the function's
 F64 = {"dtype": torch.float64}
-CHAINS = 20_000
+CHAINS = 10_000
 
 
 def skewed(like: Tensor) -> SkewedProduct:
@@ -311,8 +311,10 @@ def check(kernel: Kernel, sampler, generator: torch.Generator, num_steps: int = 
     )
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float64) for name in PROBLEMS), (PROBLEMS[1], torch.float32)],
+)
 def test_nuts_leaves_the_target_invariant(rng, device, name, dtype):
     log_prob, sampler, step_size, mass = problem(name, torch.empty((), device=device, dtype=dtype))
     kernel = nuts(log_prob, step_size, mass)
