@@ -51,7 +51,7 @@ def joint_error(betas):
     return stationary_error(matrix, joint)
 
 
-@pytest.mark.parametrize("betas", [[0.2, 0.6, 1.0], [0.0, 0.5, 1.0]])
+@pytest.mark.parametrize("betas", [[0.2, 0.6, 1.0], [0.0, 1.0]])
 def test_the_joint_law_of_point_and_level_is_invariant(betas):
     assert joint_error(betas) < 1e-12
 
@@ -204,14 +204,14 @@ def chi_square_interval(dof, false_alarm=1e-5):
 
 def test_learned_weights_are_minus_log_z_with_the_error_of_theory(rng, monkeypatch):
     setting = (Ring(BASE, TARGET), [0.1, 0.5, 1.0], 200, 100)
-    low, high = chi_square_interval(15 * 2)
-    assert low < squared_errors(rng, *setting, 15) < high
+    low, high = chi_square_interval(10 * 2)
+    assert low < squared_errors(rng, *setting, 10) < high
     # Negative controls: a gain that does not fall, and weights that move the wrong way.
     monkeypatch.setattr(simulated, "_gain", lambda t, half, num_levels: 0.5)
-    assert squared_errors(rng, *setting, 5) > chi_square_interval(5 * 2)[1]
+    assert squared_errors(rng, *setting, 2) > chi_square_interval(2 * 2)[1]
     monkeypatch.undo()
     plant(monkeypatch, simulated_tempering, "w = w - _gain(", "w = w + _gain(")
-    assert squared_errors(rng, *setting, 5) > chi_square_interval(5 * 2)[1]
+    assert squared_errors(rng, *setting, 2) > chi_square_interval(2 * 2)[1]
 
 
 def test_a_first_guess_along_the_ladder_comes_near_where_z_changes_much(rng, monkeypatch):
@@ -281,10 +281,10 @@ def z_scores(rng, repetitions):
 
 
 def test_log_z_is_unbiased_and_its_standard_error_calibrated(rng, monkeypatch):
-    z = z_scores(rng, 200)
-    low, high = chi_square_interval(200)
+    z = z_scores(rng, 100)
+    low, high = chi_square_interval(100)
     assert low < float(z.square().sum()) < high
-    assert abs(float(z.mean())) < 4.5 / math.sqrt(200)
+    assert abs(float(z.mean())) < 4.5 / math.sqrt(100)
     # Negative controls: iterations taken for independent draws; the weights' sign.
     plant(
         monkeypatch,
