@@ -96,7 +96,7 @@ def bits_matrix(num_bits, betas, order, reverse):
         ([0.4, 1.0], 2),
         ([0.1, 0.5, 1.0], 1),
         ([0.0, 1.0], 1),
-        ([0.0, 0.5, 1.0], 2),
+        ([0.0, 0.5, 1.0], 1),
     ],
 )
 def test_detailed_balance_holds_with_a_kernel_that_only_goes_round(betas, num_steps):
@@ -114,8 +114,10 @@ def as_kernel(path, beta):
     return GibbsState, step
 
 
-@pytest.mark.parametrize("betas", [[0.4, 1.0], [0.0, 1.0]])
-@pytest.mark.parametrize("order", [[0, 1], [0, 2, 1], [1, 0, 1]])
+@pytest.mark.parametrize(
+    ("betas", "order"),
+    [([0.4, 1.0], [0, 1]), ([0.4, 1.0], [1, 0, 1]), ([0.0, 1.0], [0, 2, 1])],
+)
 def test_detailed_balance_holds_with_systematic_sweeps(betas, order):
     """Palindromic or not, with the sweep backwards on the way down."""
     matrix, p = bits_matrix(max(order) + 1, betas, order, order[::-1])
@@ -132,7 +134,6 @@ def test_the_same_kernel_on_the_way_down_breaks_the_balance_and_the_law():
     for matrix, p in (
         ring_matrix(OneWay(BASE, TARGET), [0.1, 0.5, 1.0]),
         bits_matrix(2, [0.4, 1.0], [0, 1], [0, 1]),
-        bits_matrix(3, [0.4, 1.0], [0, 2, 1], [0, 2, 1]),
     ):
         assert detailed_balance_error(matrix, p) > 1e-4
         assert stationary_error(matrix, p) > 1e-4
@@ -278,7 +279,7 @@ def test_modes_are_crossed_that_the_base_kernel_never_crosses(rng, ledger):
     assert (stuck < 0).all()  # after a quarter of a million steps
 
     betas = torch.linspace(0.0, 1.0, 7, dtype=F64).square()
-    trace = sample(tempered_transitions(path, betas), x0, 60, warmup=40, generator=rng(1))
+    trace = sample(tempered_transitions(path, betas), x0, 20, warmup=40, generator=rng(1))
     share = (trace.x[..., 0] > 0).double().mean(1)
     ledger(
         "mass of the second mode by tempered transitions",
