@@ -257,7 +257,7 @@ def test_chains_that_start_where_the_density_is_zero_raise_nothing(rng, name):
             return slice_sampler(density, 2.0, max_widths=10)
         return KERNELS[name](density, 1.0) if "by beta" in name else KERNELS[name](density)
 
-    path = GeometricPath(base, log_prob, make, num_steps=40 if name == "slice" else 400)
+    path = GeometricPath(base, log_prob, make, num_steps=400 if "walk" in name else 40)
     x = torch.tensor([[-0.5], [0.5], [1.3]], dtype=F64)
     moved = path.step(x, 0.5, generator=rng(7))
     assert moved.isfinite().all()
