@@ -4,6 +4,7 @@ Claims about finitely many states are checked to round-off on random chains, and
 plausible wrong version that has to fail. Statistical tests are at 4.5 standard errors.
 """
 
+import functools
 import math
 from itertools import combinations
 
@@ -240,6 +241,7 @@ def density(x: float, distance: float) -> float:
     return 0.5 * (norm.pdf(x + distance / 2) + norm.pdf(x - distance / 2))
 
 
+@functools.cache
 def energetic_enough(distance: float, forget_potential: bool = False) -> float:
     """The probability of an energy above the barrier, in the coordinate of the two peaks."""
     top = math.log(density(0.0, distance))
