@@ -143,7 +143,8 @@ def reverse_ais(
     The cost is that of `ais`.
 
     Args:
-        path: any `AnnealingPath`; if its `step` is not reversible it must have `reverse_step`.
+        path: any `AnnealingPath`. If its `step` is not reversible it must have `reverse_step`, or
+            the law of w is not that which `bar` expects.
         betas: the schedule, ascending from 0 to 1, as for `ais`.
         x: independent draws of the target, `(n, *event)`, at least 2; for a batch of machines
             `(*machines, n, *event)`.

@@ -1,0 +1,558 @@
+"""Annealed importance sampling against exact answers; every statistical claim with mutants."""
+
+import math
+import sys
+import warnings
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from companion.annealing import ais, bidirectional, reverse_ais, smc
+from companion.data import digits
+from companion.importance import bootstrap_std_error, log_mean_weight
+from companion.mcmc import random_walk
+from companion.models.ising import Ising
+from companion.models.rbm import RBM, GaussianRBM, LabelRBM
+from companion.objectives import PersistentChains
+from companion.targets import Gaussian
+from companion.tempering import GeometricPath, likelihood_path, linear_schedule, sigmoid_schedule
+from companion.testing import binary_states
+from tests.mcmc.exact_targets import plant
+from tests.tempering.exact_paths import ExactGaussians, Ring, exact_path
+
+Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
+F64 = torch.float64
+MODULE = sys.modules["companion.annealing.ais"]  # the package's attribute is the function
+BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
+
+
+def z_score(x: Tensor, exact: float) -> float:
+    """Distance of the mean of independent values from `exact`, in standard errors."""
+    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
+
+
+def is_calibrated(z: Tensor) -> bool:
+    """Whether z-scores have mean 0 and mean square 1, at false-alarm rates of 1e-5."""
+    assert len(z) >= 200
+    low, high = scipy.stats.chi2.interval(1 - 1e-5, len(z))
+    return low < z.square().sum() < high and abs(float(z.mean())) < Z / math.sqrt(len(z))
+
+
+def slow_path(dtype=F64, device="cpu") -> ExactGaussians:
+    """Between two laws in two dimensions, by steps that forget only a third."""
+    ends = [0.0, 0.5], [2.0, 1.5], [1.0, -0.5], [0.8, 1.0]
+    return ExactGaussians(*ends, rho=0.66, dtype=dtype, device=device)
+
+
+def ring() -> Ring:
+    """Five states of which one is left behind; steps only go forward."""
+    return Ring([0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0, -1.0])
+
+
+def machine(rng, dtype=F64, device="cpu") -> RBM:
+    rbm = RBM(6, 5, generator=rng(3), dtype=F64)
+    with torch.no_grad():
+        for parameter in rbm.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng(4), dtype=F64))
+    return rbm.to(dtype=dtype, device=device)
+
+
+def exact_draws(rbm: RBM, n: int, generator) -> Tensor:
+    states = binary_states(rbm.num_visible, device=rbm.W.device, dtype=rbm.W.dtype)
+    law = rbm.log_prob(states).detach().double().softmax(0)
+    return states[torch.multinomial(law, n, True, generator=generator)]
+
+
+# ---------------------------------------------------------------- agreement with exact answers
+
+
+def test_log_z_of_the_machines_agrees_with_enumeration(rng, ledger):
+    g = rng(0)
+    plain = machine(rng)
+    label, gaussian = LabelRBM(5, 3, 4, dtype=F64), GaussianRBM(3, 4, dtype=F64)
+    with torch.no_grad():
+        for rbm in label, gaussian:
+            for parameter in rbm.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=F64))
+    bias = torch.randn(8, generator=g, dtype=F64)
+    mean, variance = torch.randn(3, generator=g, dtype=F64), torch.tensor([2.0, 3.0, 6.0]).double()
+    wide = gaussian.annealing_path(mean, variance)
+    for name, path, exact in (
+        ("an RBM", plain.annealing_path(), plain.log_z()),
+        ("an RBM, from its own biases", plain.annealing_path(plain.b.detach()), plain.log_z()),
+        ("an RBM with labels", label.annealing_path(), label.log_z()),
+        ("an RBM with labels, from a bias", label.annealing_path(bias), label.log_z()),
+        ("a Gaussian RBM", gaussian.annealing_path(), gaussian.log_z()),
+        ("a Gaussian RBM, from another base", wide, gaussian.log_z()),
+    ):
+        found = ais(path, linear_schedule(60), 2000, generator=g)
+        ledger(
+            f"log Z of {name}, by AIS",
+            exact=exact.value,
+            estimate=found.value,
+            std_error=found.std_error,
+        )
+        assert found.std_error < 0.1
+        # The base is another law: without the walk the estimate would be far off.
+        assert abs(float(torch.as_tensor(path.base_log_z) - exact.value)) > 6 * found.std_error
+
+
+def test_log_z_of_an_ising_lattice_from_both_sides(rng, ledger):
+    model = Ising(4, 4, coupling=0.3, field=0.1, dtype=F64)
+    spins = 2.0 * binary_states(16, dtype=F64).reshape(-1, 4, 4) - 1.0
+    log_law = model.log_prob(spins)
+    exact = log_law.logsumexp(0)
+    x = spins[torch.multinomial(log_law.softmax(0), 1000, True, generator=rng(1))]
+    found = bidirectional(model.annealing_path(), linear_schedule(40), 1000, x, generator=rng(2))
+    for side, part in (("AIS", found.lower), ("reverse AIS", found.upper)):
+        ledger(
+            f"log Z of a 4 x 4 Ising lattice in a field, by {side}",
+            exact=exact,
+            estimate=part.value,
+            std_error=part.std_error,
+        )
+    assert found.gap == found.upper.value - found.lower.value
+
+
+def test_the_evidence_of_a_conjugate_model(rng, ledger):
+    y = torch.tensor([1.2, 0.3, 2.1, 0.8, 1.9, 1.4], dtype=F64)
+    prior = Normal(torch.zeros((), dtype=F64), 2.0)
+
+    def log_likelihood(theta: Tensor) -> Tensor:
+        return Normal(theta[..., None], 1.0).log_prob(y).sum(-1)
+
+    path = likelihood_path(prior, log_likelihood, lambda density: random_walk(density, 1.0))
+    found = ais(path, sigmoid_schedule(60), 1000, generator=rng(1))
+    n = len(y)
+    covariance = torch.eye(n, dtype=F64) + 4.0
+    exact = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), covariance)
+    ledger(
+        "log evidence of a normal mean with a normal prior, by AIS",
+        exact=exact.log_prob(y),
+        estimate=found.value,
+        std_error=found.std_error,
+    )
+
+
+# ---------------------------------------------------------------- unbiased for Z, both ways
+
+FORWARD = {
+    "weighs at the point after the move": (
+        "advance(path, x, beta, next_beta, generator=generator)",
+        "(lambda y: (y, profile(path, y)(next_beta) - profile(path, y)(beta)))"
+        "(path.step(x, next_beta, generator=generator))",
+    ),
+    "moves at the beta before": (
+        "advance(path, x, beta, next_beta, generator=generator)",
+        "(path.step(x, beta, generator=generator), profile(path, x)(next_beta) "
+        "- profile(path, x)(beta))",
+    ),
+    "ends one beta early": ("schedule.tolist()", "schedule.tolist()[:-1]"),
+    "leaves out the base's constant": (
+        "log_weights + _base_log_z(path, log_weights)",
+        "log_weights",
+    ),
+}
+REVERSE = {
+    "leaves out the first factor": ("schedule.tolist()", "schedule.tolist()[1:]"),
+    "leaves out the last factor": ("schedule.tolist()", "schedule.tolist()[:-1]"),
+    "moves at the beta before": (
+        "advance(path, x, beta, next_beta, generator=generator)",
+        "(path.step(x, beta, generator=generator), profile(path, x)(next_beta) "
+        "- profile(path, x)(beta))",
+    ),
+    "takes the mean weight for the harmonic mean": (
+        "log_mean_weight(log_inverse)",
+        "log_mean_weight(-log_inverse); inverse = LogZ(-inverse.value, 0.0, None, inverse.ess)",
+    ),
+}
+
+
+def relative_weights(log_z, exact: float, sign: int) -> Tensor:
+    return (sign * (log_z.log_weights - exact)).exp()
+
+
+@pytest.mark.parametrize("mutant", [None, *FORWARD])
+def test_the_mean_weight_is_z_however_badly_the_steps_mix(rng, monkeypatch, mutant):
+    if mutant:
+        plant(monkeypatch, ais, *FORWARD[mutant])
+    path = slow_path()
+    found = MODULE.ais(path, BETAS, 100_000, generator=rng(5))
+    z = z_score(relative_weights(found, float(path.log_z(1.0)), 1), 1.0)
+    assert abs(z) > 6 if mutant else abs(z) < Z
+
+
+@pytest.mark.parametrize("mutant", [None, *REVERSE])
+def test_the_mean_inverse_weight_is_one_over_z(rng, monkeypatch, mutant):
+    if mutant:
+        plant(monkeypatch, reverse_ais, *REVERSE[mutant])
+    path = slow_path()
+    exact = float(path.log_z(1.0))
+    found = MODULE.reverse_ais(
+        path, BETAS, path.sample(100_000, 1.0, generator=rng(6)), generator=rng(11)
+    )
+    if mutant and "harmonic" in mutant:  # the weights are right, what is made of them is not
+        assert abs(float(found.value) - exact) > 0.1
+        return
+    z = z_score(relative_weights(found, exact, -1), 1.0)
+    assert abs(z) > 6 if mutant else abs(z) < Z
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_ways_there_and_back_are_one_law_seen_from_two_sides(rng, monkeypatch, wrong):
+    """`E_back[f(w)] = E_there[f(w) w] / Z`, for f(w) = w here: `bar` builds on it.
+
+    It needs the reversal of a step that is not reversible; that the mean of 1 / w is 1 / Z does
+    not, and holds for the wrong way back as well.
+    """
+    path = ring()
+    exact = float(path.log_z(1.0))
+    there = relative_weights(ais(path, BETAS, 100_000, generator=rng(9)), exact, 1)
+    if wrong:
+        monkeypatch.setattr(path, "reverse_step", path.step)
+    x = torch.multinomial(path.law(1.0), 100_000, True, generator=rng(7))
+    found = reverse_ais(path, BETAS, x, generator=rng(8))
+    back = relative_weights(found, exact, 1)
+    error = math.sqrt(float(there.square().var() + back.var()) / 100_000)
+    z = float(there.square().mean() - back.mean()) / error
+    assert abs(z) > 8 if wrong else abs(z) < Z
+    assert abs(z_score(there, 1.0)) < Z and abs(z_score(1.0 / back, 1.0)) < Z
+
+
+def test_base_draws_that_the_target_forbids_have_weight_zero(rng, ledger):
+    """A normal law cut off at 1: a third of its mass is not there."""
+
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where(x < 1.0, -0.5 * (x - 0.5).square(), -torch.inf)
+
+    base = Normal(torch.zeros((), dtype=F64), 1.5)
+    path = GeometricPath(base, log_prob, lambda density: random_walk(density, 1.0))
+    found = ais(path, linear_schedule(20), 20_000, generator=rng(10))
+    exact = 0.5 * math.log(2 * math.pi) + math.log(scipy.stats.norm.cdf(0.5))
+    ledger(
+        "log Z of a normal law cut off at one side, by AIS",
+        exact=exact,
+        estimate=found.value,
+        std_error=found.std_error,
+    )
+    assert (found.log_weights == -math.inf).double().mean() > 0.2
+
+
+# ---------------------------------------------------------------- biases of the logarithm
+
+
+def divergences(path: ExactGaussians, betas: Tensor) -> tuple[float, float]:
+    """`sum_k KL(p_k || p_{k+1})` and the same with the two exchanged, in closed form."""
+    mean, sd = path.moments(betas)
+    total = []
+    for a, b in ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1))):
+        ratio = (sd[a] / sd[b]).square()
+        apart = ((mean[a] - mean[b]) / sd[b]).square()
+        total.append(float(0.5 * (ratio + apart - 1.0 - ratio.log()).sum()))
+    return total[0], total[1]
+
+
+def test_a_single_log_weight_is_too_low_by_the_divergences_and_one_over_k(rng, ledger):
+    """Perfect steps: `log Z - E[log w] = sum_k KL(p_k || p_{k+1})`, which halves as K doubles."""
+    path = ExactGaussians([0.0, 1.0], [1.5, 1.0], [2.0, 0.0], [0.7, 1.2])
+    exact = float(path.log_z(1.0))
+    shortfalls = {}
+    for k in (16, 32, 64):
+        betas = linear_schedule(k + 1)
+        low, high = divergences(path, betas)
+        shortfalls[k] = low
+        n = 10_000
+        forward = ais(path, betas, n, generator=rng(k))
+        back = reverse_ais(path, betas, path.sample(n, 1.0, generator=rng(k + 1)), generator=rng(k))
+        for side, log_w, divergence in (
+            ("below", exact - forward.log_weights, low),
+            ("above", back.log_weights - exact, high),
+        ):
+            ledger(
+                f"how far a log weight lies {side} log Z on average, {k} steps",
+                exact=divergence,
+                estimate=log_w.mean(),
+                std_error=log_w.std() / math.sqrt(n),
+            )
+        assert low > 6 * forward.log_weights.std() / math.sqrt(n)  # it is seen
+    for k in (16, 32):
+        assert shortfalls[k] / shortfalls[2 * k] == pytest.approx(2.0, rel=0.06)
+
+
+def test_the_bias_of_log_z_is_half_its_variance(rng):
+    """Equal variances and perfect steps: log w is normal, of variance D^2 / K.
+
+    The next term of the expansion in 1 / N is taken into account.
+    """
+    d, k, num_chains, repetitions = 1.5, 5, 20, 40_000
+    path = ExactGaussians([0.0], [1.0], [d], [1.0])
+    variance = d * d / k
+    n = num_chains * repetitions
+    exact = float(path.log_z(1.0))
+    x = path.sample(n, 1.0, generator=rng(20))
+    forward = ais(path, linear_schedule(k + 1), n, generator=rng(21)).log_weights - exact
+    back = reverse_ais(path, linear_schedule(k + 1), x, generator=rng(22)).log_weights - exact
+    assert abs(z_score(forward, -variance / 2)) < Z
+    square = math.expm1(variance)  # relative variance and third moment of a log-normal weight
+    third = square**2 * (math.exp(variance) + 2.0)
+    first = -square / (2 * num_chains)
+    predicted = first + third / (3 * num_chains**2) - 0.75 * square**2 / num_chains**2
+    for log_w, sign in ((forward, 1.0), (back, -1.0)):
+        grouped = (sign * log_w).reshape(num_chains, repetitions)
+        bias = grouped.logsumexp(0) - math.log(num_chains)
+        assert abs(z_score(bias, predicted)) < Z
+        assert abs(z_score(bias, 0.0)) > 10  # without the bias
+        assert abs(z_score(bias, -variance / 2)) > 10  # that of a single chain
+        # half the variance of log Z itself, to first order
+        assert abs(float(bias.var()) / 2 / -first - 1.0) < 0.1
+
+
+# ---------------------------------------------------------------- standard errors
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_standard_errors_are_calibrated_both_ways(rng, device, dtype):
+    rbm = machine(rng, dtype, device)
+    exact = float(rbm.double().log_z().value)
+    rbm = machine(rng, dtype, device)
+    path, n, repetitions = rbm.annealing_path(), 300, 200
+    betas, g = linear_schedule(21), rng(30, device)
+    forward = ais(path, betas, n * repetitions, generator=g)
+    x = exact_draws(rbm, n * repetitions, g)
+    back = reverse_ais(path, betas, x, generator=g)
+    for log_w in (forward.log_weights, -back.log_weights):
+        grouped = log_w.reshape(n, repetitions)
+        exact_here = exact if log_w is forward.log_weights else -exact
+        found = log_mean_weight(grouped)
+        error = found.value - exact_here
+        assert is_calibrated(error / found.std_error)
+        assert not is_calibrated(error / (0.7 * found.std_error))
+        # dividing by another N: a weight's own deviation, and one chain less
+        assert not is_calibrated(error / (found.std_error * math.sqrt(n)))
+        bootstrap = bootstrap_std_error(grouped, 200, generator=g)
+        assert is_calibrated(error / bootstrap)
+        assert ((bootstrap / found.std_error).mean() - 1).abs() < 0.05
+
+
+def test_the_bootstrap_is_the_spread_of_resampled_estimates(rng):
+    log_weights = 2.0 * torch.randn(40, 3, dtype=F64, generator=rng(31))
+    found = bootstrap_std_error(log_weights, 4000, generator=rng(32))
+    chosen = torch.randint(40, (4000, 40), generator=rng(33))
+    slow = torch.stack([log_weights[:, i][chosen].exp().mean(1).log().std() for i in range(3)])
+    torch.testing.assert_close(found, slow, rtol=0.1, atol=0)  # 4.5 sqrt(2) / sqrt(2 4000) is 0.07
+    assert torch.equal(found, bootstrap_std_error(log_weights, 4000, generator=rng(32)))
+    dead = torch.tensor([0.0, -math.inf, -math.inf])
+    assert bootstrap_std_error(dead, 100, generator=rng(34)) == math.inf
+    far = bootstrap_std_error(log_weights - 2000.0, 4000, generator=rng(32))  # no underflow
+    torch.testing.assert_close(far, found)
+    with pytest.raises(ValueError, match="at least 2 weights"):
+        bootstrap_std_error(torch.zeros(1))
+    with pytest.raises(ValueError, match="num_resamples"):
+        bootstrap_std_error(torch.zeros(3), 1)
+
+
+# ---------------------------------------------------------------- what cannot be trusted
+
+
+def trained_machine(rng) -> tuple[RBM, Tensor]:
+    """A small machine that has learned digits, and the biases of independent units."""
+    train = digits().train.to(F64)
+    rbm = RBM(64, 12, generator=rng(40), dtype=F64)
+    rbm.init_visible_bias(train)
+    base = rbm.b.detach().clone()
+    chains = PersistentChains(rbm, 100, generator=rng(41))
+    optimizer = torch.optim.SGD(rbm.parameters(), lr=0.3)
+    for _ in range(6):
+        for rows in train[torch.randperm(len(train), generator=rng(42))].split(100):
+            optimizer.zero_grad()
+            chains.loss(rows).backward()
+            optimizer.step()
+    return rbm, base
+
+
+def test_a_uniform_start_warns_on_a_trained_machine_and_the_data_s_own_rates_do_not(rng, ledger):
+    rbm, base = trained_machine(rng)
+    betas, n = linear_schedule(7), 100
+    exact = rbm.log_z().value
+    with pytest.warns(UserWarning, match="log Z may be too low by far more") as caught:
+        uniform = ais(rbm.annealing_path(), betas, n, generator=rng(43))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ais(rbm.annealing_path(base), betas, n, generator=rng(43))
+    ledger(
+        "log Z of an RBM of digits, by AIS from the data's rates",
+        exact=exact,
+        estimate=found.value,
+        std_error=found.std_error,
+    )
+    assert uniform.ess < 10 < found.ess
+
+
+class TwoWells:
+    """Four states in a row between two wells; steps never cross from one half to the other."""
+
+    base_log_z = math.log(4.0)
+
+    def __init__(self, depth: float) -> None:
+        self.table = torch.tensor([0.0, 0.5, 0.0, depth], dtype=F64)
+
+    def sample_base(self, n: int, *, generator=None) -> Tensor:
+        return torch.randint(4, (n,), generator=generator)
+
+    def log_prob(self, x: Tensor, beta) -> Tensor:
+        return beta * self.table[x]
+
+    def step(self, x: Tensor, beta, *, generator=None) -> Tensor:
+        law = (beta * self.table).exp()
+        first = law[::2] / (law[::2] + law[1::2])
+        half = x // 2
+        u = torch.rand(x.shape, dtype=F64, generator=generator)
+        return 2 * half + (u >= first[half])
+
+
+def test_the_gap_tells_what_the_effective_sample_size_does_not(rng):
+    path, n, betas = TwoWells(4.0), 2000, linear_schedule(40)
+    exact = float(path.table.logsumexp(0))
+    all_draws = torch.multinomial(path.table.softmax(0), n, True, generator=rng(50))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = bidirectional(path, betas, n, all_draws, generator=rng(51))
+    # of the draws of the wrong well alone neither half knows anything
+    one_well = torch.randint(2, (n,), generator=rng(52))
+    with pytest.warns(UserWarning, match="do not stand for the target") as caught:
+        bad = bidirectional(path, betas, n, one_well, generator=rng(51))
+    assert caught[0].filename == __file__
+    assert good.lower.value < exact + 0.1 and good.upper.value > exact - 0.1
+    assert bad.upper.std_error < 0.05 and bad.gap < -1
+    # a reverse run that is cut short by a poor schedule: too high, and far above the lower one
+    wide = ExactGaussians([0.0], [10.0], [0.0], [0.1], rho=0.99)
+    x = wide.sample(n, 1.0, generator=rng(53))
+    with pytest.warns(UserWarning, match="the gap between the upper and the lower"):
+        bidirectional(wide, linear_schedule(5), n, x, generator=rng(54))
+
+
+# ---------------------------------------------------------------- long runs
+
+
+def test_tens_of_thousands_of_betas(rng, capsys):
+    path = TwoWells(2.0)
+    path.step = lambda x, beta, *, generator: x  # the weights telescope
+    found = ais(path, linear_schedule(10_001), 4000, generator=rng(60), progress=True)
+    assert found.log_weights.shape == (4000,)
+    assert abs(found.value - path.table.logsumexp(0)) < Z * found.std_error < 0.2
+    at_once = path.table + path.base_log_z
+    assert (found.log_weights[:, None] - at_once).abs().amin(1).max() < 1e-10
+    assert "10000/10000" in capsys.readouterr().err
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(rng, tmp_path, monkeypatch):
+    rbm = machine(rng, torch.float32)
+    path, betas, file = rbm.annealing_path(), linear_schedule(301), tmp_path / "run"
+
+    def run(**more):
+        return ais(path, betas, 7, generator=rng(61), **more)
+
+    whole = run()
+    counted, right = [], path.advance
+
+    def counting(*args, **kwargs):
+        counted.append(args[1])
+        if len(counted) == 160:
+            raise Killed
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(path, "advance", counting)
+    with pytest.raises(Killed):
+        run(checkpoint=file, save_every=50)
+    resumed = run(checkpoint=file, save_every=50)
+    assert torch.equal(resumed.log_weights, whole.log_weights)
+    assert len(counted) == 160 + 150 and counted[160] == float(betas[150])
+    again = run(checkpoint=file, save_every=50)  # a finished run does nothing more
+    assert torch.equal(again.log_weights, whole.log_weights) and len(counted) == 310
+    other = machine(rng, torch.float32)
+    with torch.no_grad():
+        other.W.add_(0.01)
+    for wrong, what in (
+        (lambda: ais(path, betas, 8, generator=rng(61), checkpoint=file), "num_chains"),
+        (lambda: ais(path, betas[::2], 7, generator=rng(61), checkpoint=file), "betas"),
+        (lambda: ais(path, betas, 7, generator=rng(62), checkpoint=file), "generator"),
+        (lambda: ais(other.annealing_path(), betas, 7, generator=rng(61), checkpoint=file), "path"),
+    ):
+        with pytest.raises(ValueError, match=f"other arguments: .*{what}"):
+            wrong()
+    with pytest.raises(TypeError, match="needs a generator"):
+        ais(path, betas, 7, checkpoint=file)
+
+
+# ---------------------------------------------------------------- equivalences, inputs
+
+
+def test_it_is_a_population_that_is_never_resampled(rng):
+    base, target = (
+        Gaussian(torch.zeros(2, dtype=F64), 4 * torch.eye(2, dtype=F64)),
+        Gaussian(torch.ones(2, dtype=F64), torch.eye(2, dtype=F64)),
+    )
+    path = exact_path(base, target)
+    found = ais(path, BETAS, 50, generator=rng(70))
+    never = smc(path, 50, betas=BETAS, ess_threshold=0.0, generator=rng(70))
+    torch.testing.assert_close(found.log_weights, never.log_weights, rtol=0, atol=1e-12)
+
+
+def test_a_batch_of_machines_has_a_log_z_each(rng):
+    batch = RBM(6, 5, batch_shape=(3,), generator=rng(71), dtype=F64)
+    with torch.no_grad():
+        batch.W.mul_(80.0)
+    exact = batch.log_z().value
+    x = batch.gibbs(batch.sample_base(400, generator=rng(72)), 100, generator=rng(72))
+    found = bidirectional(batch.annealing_path(), linear_schedule(50), 400, x, generator=rng(73))
+    for part in (found.lower, found.upper):
+        assert part.value.shape == (3,) and part.log_weights.shape == (400, 3)
+        assert ((part.value - exact).abs() < Z * part.std_error).all()
+    assert exact.diff().abs().min() > 10 * found.lower.std_error.max()
+
+
+def test_results_follow_the_path(rng, device):
+    rbm = machine(rng, torch.float32, device)
+    found = ais(rbm.annealing_path(), BETAS, 50, generator=rng(74, device))
+    again = ais(rbm.annealing_path(), BETAS, 50, generator=rng(74, device))
+    assert torch.equal(found.log_weights, again.log_weights)
+    assert found.value.dtype == F64 and found.log_weights.device.type == device.type
+    assert not found.value.requires_grad
+    path = machine(rng, torch.float32).annealing_path()
+    with torch.device("meta"):
+        x = path.sample_base(50, generator=rng(75))
+        assert reverse_ais(path, BETAS, x, generator=rng(75)).value.device.type == "cpu"
+        found = ais(path, BETAS, 50, generator=rng(75))
+        assert bootstrap_std_error(found.log_weights, 9, generator=rng(75)).device.type == "cpu"
+
+
+def test_bad_arguments_are_refused_before_any_work(rng):
+    path = slow_path()
+    x = path.sample(5, 1.0, generator=rng(80))
+    with pytest.raises(TypeError, match="path must be an AnnealingPath"):
+        ais(machine(rng), BETAS, 10)
+    with pytest.raises(ValueError, match="num_chains must be at least 2"):
+        ais(path, BETAS, 1)
+    for run in (lambda betas: ais(path, betas, 10), lambda betas: reverse_ais(path, betas, x)):
+        for betas in ([0.1, 1.0], [0.0, 0.5], [0.0, 0.5, 0.5, 1.0], [1.0, 0.0]):
+            with pytest.raises(ValueError, match="betas must"):
+                run(betas)
+    with pytest.raises(ValueError, match=r"x must be at least two draws.*\('n', 2\); got \(5, 3\)"):
+        reverse_ais(path, BETAS, torch.zeros(5, 3, dtype=F64))
+    with pytest.raises(ValueError, match="at least two draws"):
+        reverse_ais(path, BETAS, x[:1])
+    with pytest.raises(TypeError, match="x must be torch.float64"):
+        reverse_ais(path, BETAS, x.float())
+    with pytest.raises(ValueError, match="NaN"):
+        reverse_ais(path, BETAS, x * math.nan)
+    path.mean1 = path.mean1 * math.nan
+    with pytest.raises(ValueError, match="log weights are NaN"):
+        ais(path, BETAS, 10)
