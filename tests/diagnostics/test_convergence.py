@@ -114,12 +114,12 @@ def test_lags_that_the_draws_do_not_reach_are_refused():
 
 @pytest.mark.parametrize("rho", [0.9, 0.5, -0.5])
 def test_autocorrelation_time_of_an_autoregressive_chain(rng, ledger, rho):
-    """`(1 + rho) / (1 - rho)`. The error of one estimate is its spread over 199 others.
+    """`(1 + rho) / (1 - rho)`. The error of one estimate is its spread over 99 others.
 
     Where the sum over the lags ends depends on the draws, which biases the estimate by about 1 %,
     upwards for positive rho: a tenth to a quarter of its error.
     """
-    tau = integrated_autocorrelation_time(ar1(rho, 8000, rng(0)))
+    tau = integrated_autocorrelation_time(ar1(rho, 8000, rng(0), num_repeats=100))
     exact = (1.0 + rho) / (1.0 - rho)
     ledger(
         f"autocorrelation time of an autoregressive chain, rho = {rho}",
@@ -133,7 +133,7 @@ def test_autocorrelation_time_of_an_autoregressive_chain(rng, ledger, rho):
 
 @pytest.mark.parametrize("rho", [0.9, 0.5, -0.5])
 def test_squared_error_of_the_mean_is_its_exact_variance(rng, ledger, rho):
-    squared = mcse_mean(ar1(rho, 5000, rng(1))).square()
+    squared = mcse_mean(ar1(rho, 5000, rng(1), num_repeats=100)).square()
     exact = variance_of_mean(rho, 5000) / 4
     ledger(
         f"squared MCSE of the mean of 4 autoregressive chains, rho = {rho}, 5,000 draws each",
