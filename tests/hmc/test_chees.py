@@ -161,7 +161,9 @@ def test_the_gradient_agrees_with_a_difference_of_leapfrog_trajectories(rng):
     x = target.sample(200, generator=rng(0))
     p = torch.randn(x.shape, generator=rng(1), **F64)
     grad, ones = target.value_and_grad(x)[1], torch.ones(200, **F64)
-    less, end, more = (leapfrog(target, x, p, grad, e, n) for n in (999, 1000, 1001))
+    less = leapfrog(target, x, p, grad, e, 999)
+    end = leapfrog(target, less.x, less.p, less.grad, e, 1)
+    more = leapfrog(target, end.x, end.p, end.grad, e, 1)
 
     def criterion(after: Phase) -> float:
         a = (after.x - end.x.mean(0)).square().sum(-1)  # the mean is held fixed
@@ -174,7 +176,7 @@ def test_the_gradient_agrees_with_a_difference_of_leapfrog_trajectories(rng):
 
 def test_the_gradient_has_its_exact_expectation_on_a_normal_target(rng, ledger):
     """On N(0, I_d) the criterion after time t is `d sin(t)^2`, so its slope is `t d sin(2 t)`."""
-    d, chains = 10, 2000
+    d, chains = 10, 500
     for time in (0.5, 1.2, 2.0):
         t = torch.tensor(time, **F64)
         found = torch.empty(100, **F64)
@@ -232,16 +234,15 @@ def test_the_best_length_tends_to_that_of_exact_dynamics():
     assert best_length(0.001, 10) == pytest.approx(2.2467, abs=2e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_length_learned_on_a_normal_target_is_the_best_one(dtype, rng, device):
+@pytest.mark.parametrize(("dtype", "accept"), [(torch.float32, 0.651), (torch.float64, 0.9)])
+def test_the_length_learned_on_a_normal_target_is_the_best_one(dtype, accept, rng, device):
     # From run to run the length varies by two percent (standard deviation), hence the limit.
-    for target_accept in (0.651, 0.9):
-        target, g = unit_gaussian(50, dtype, device), rng(0, device)
-        start = target.sample(100, generator=g)
-        tuned = chees_warmup(target, start, 400, target_accept=target_accept, generator=g)
-        expected = best_length(tuned.step_size, 50)
-        assert tuned.trajectory_length == pytest.approx(expected, rel=0.1)
-        assert tuned.x.dtype == dtype and tuned.x.device.type == device.type
+    target, g = unit_gaussian(50, dtype, device), rng(0, device)
+    start = target.sample(100, generator=g)
+    tuned = chees_warmup(target, start, 400, target_accept=accept, generator=g)
+    expected = best_length(tuned.step_size, 50)
+    assert tuned.trajectory_length == pytest.approx(expected, rel=0.1)
+    assert tuned.x.dtype == dtype and tuned.x.device.type == device.type
 
 
 def test_an_ascent_that_goes_down_is_noticed(rng, monkeypatch):
@@ -279,26 +280,26 @@ def test_the_length_grows_at_once_where_the_target_is_wide(rng, monkeypatch):
 
 def test_the_harmonic_mean_of_the_acceptance_reaches_its_target(rng):
     target = unit_gaussian(50)
-    start = target.sample(200, generator=rng(0))
+    start = target.sample(100, generator=rng(0))
     for accept in (0.651, 0.85):
         tuned = chees_warmup(target, start, 400, target_accept=accept, generator=rng(1))
-        fresh = target.sample(2000, generator=rng(2))
+        fresh = target.sample(500, generator=rng(2))
         state, harmonic = tuned.kernel.init(fresh), []
-        for i in range(32):
+        for i in range(16):  # a period of the fractions
             state, info = tuned.kernel.step(state, generator=rng(3 + i))
             harmonic.append(1 / float(info.accept_prob.reciprocal().mean()))
-        assert sum(harmonic) / 32 == pytest.approx(accept, abs=0.05)
+        assert sum(harmonic) / 16 == pytest.approx(accept, abs=0.05)
 
 
 def test_a_mass_measures_as_if_the_target_were_rescaled(rng):
     """With mass M on N(0, M^-1) every number is that of the identity on N(0, I)."""
     factor = torch.tensor([[2.0, 0.0], [0.7, 0.3]], **F64)  # M = L L^T
+    start = torch.randn(50, 2, generator=rng(0), **F64)  # x = L^-T z for the rescaled z
+    plain = chees_warmup(unit_gaussian(2), start, 150, generator=rng(1))
     for mass, scale in ((factor @ factor.T, factor), (torch.tensor([4.0, 0.01], **F64), None)):
         matrix = torch.diag(mass.sqrt()) if scale is None else scale
         target = Gaussian(torch.zeros(2, **F64), torch.linalg.inv(matrix @ matrix.T))
-        start = torch.randn(50, 2, generator=rng(0), **F64)  # x = L^-T z for the rescaled z
         scaled = torch.linalg.solve(matrix.T, start.T).T
-        plain = chees_warmup(unit_gaussian(2), start, 150, generator=rng(1))
         found = chees_warmup(target, scaled, 150, mass=mass, generator=rng(1))
         assert found.trajectory_length == pytest.approx(plain.trajectory_length, rel=1e-6)
         assert found.step_size == pytest.approx(plain.step_size, rel=1e-6)
