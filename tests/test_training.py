@@ -673,7 +673,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
     def last_save():
         return path.stat().st_mtime_ns if path.exists() else None
 
-    while len(epochs) < 8:
+    while len(epochs) < 5:
         before = last_save()
         process = SERVER.Process(target=killed_run, args=(path,))
         process.start()
