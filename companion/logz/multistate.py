@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,10 +90,11 @@ def mbar(
     value[sampled] = c
     for k in (counts == 0).nonzero().flatten().tolist():
         value[k] = (q[k] - log_d).logsumexp(0)
-    log_weights = (q - value[:, None]).sub_(log_d)
-    w = log_weights.exp()
+    known = value > -math.inf
+    log_weights = (q - torch.where(known, value, math.inf)[:, None]).sub_(log_d)
 
-    gram = w @ w.T  # (K, K): all that the errors and diagnostics need
+    # (K, K): all that the errors and diagnostics need
+    gram = _gram(x.exp() for x in _blocks(log_weights))
     shared = gram[sampled][:, sampled]
     hessian = n.diag() - n.outer(n) * shared
     inverse, gap, slowest = _inverse(hessian, n)
@@ -101,10 +102,12 @@ def mbar(
     if num_chains is None:
         covariance = gram + overlap @ inverse @ overlap.T
     else:
+        w = log_weights.exp()
         covariance = _between_chains(w + overlap @ (inverse * n) @ w[sampled], counts, num_chains)
     covariance = covariance - covariance[0]  # of the differences from state 0
     covariance = covariance - covariance[:, :1]
-    ess = 1.0 / gram.diagonal()
+    variance = covariance.diagonal().clamp(min=0.0)
+    ess = torch.where(known, 1.0 / gram.diagonal(), 0.0)
     connected = gap > 1e-13
     if not found:
         warnings.warn(
@@ -122,10 +125,10 @@ def mbar(
         )
     return LogZ(
         value - value[0],
-        torch.where(connected, covariance.diagonal().clamp(min=0.0).sqrt(), math.inf),
+        torch.where(known & (variance < 1e6), variance.sqrt(), math.inf),  # no draw in common
         log_weights,
         ess,
-        found and bool(connected),
+        found and bool(connected) and bool(known.all()),
         covariance,
     )
 
@@ -137,35 +140,49 @@ def _solve(q: Tensor, n: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The log Z_k of states that all have draws, up to a constant, log D, and whether they were
     found.
 
-    Minimises the convex `sum_n log D(x_n) + sum_k n_k c_k` by Newton's method. A pass needs no
-    exponentials of log-densities: `p = p~_k(x) exp(-c_k)` is kept for c = `at`, up to a factor for
-    each draw that cancels, and rescaled.
+    Minimises the convex `F(c) = sum_n log D(x_n) + sum_k n_k c_k` by Newton's method, with the last
+    Hessian as long as the gradient shrinks by much. A pass needs no exponentials of log-densities:
+    `p = p~_k(x) exp(-c_k)` is kept for c = `at`, but for a factor of each draw, and rescaled.
     """
-    c, at, found = _start(q, n), torch.full_like(n, math.inf), False
+
+    def mixture(c: Tensor) -> tuple[Tensor, Tensor]:
+        d = (n * (at - c).exp()) @ p
+        return d, d.log().sum() + n @ c
+
+    c, at = _start(q, n), torch.full_like(n, math.inf)
+    worst = math.inf
     for _ in range(_MAX_ITERATIONS):
         if not ((c - at).abs() < 10.0).all():  # closer by, nothing that counts is lost
             at = c
             p = q - at[:, None]
             largest = p.amax(0)
             p.sub_(largest).exp_()
-        moved = c - at
-        scale = n * (-moved).exp()
-        d = scale @ p
-        ratio = p / d
-        share = scale * ratio.sum(1)  # how many draws each state claims
-        found = bool(((share / n - 1.0).abs() < _TOLERANCE).all())
-        if found:
-            break
-        hessian = share.diag() - scale * (ratio @ ratio.T) * scale[:, None]
-        inverse, _, _ = _inverse(hessian, n)
+            d, value = mixture(c)
+        scale = n * (at - c).exp()
+        share = scale * (p @ d.reciprocal())  # how many draws each state claims
+        before, worst = worst, float((share / n - 1.0).abs().max())
+        if before == math.inf or worst > 0.01 * before:
+            ratios = (a / b for a, b in zip(_blocks(p), _blocks(d), strict=True))
+            inverse, _, _ = _inverse(share.diag() - scale.outer(scale) * _gram(ratios), n)
         step = inverse @ (share - n)
-        limit = d.log().sum() + n @ moved + 1e-11 * q.shape[1]  # room for round-off
         for _ in range(30):
-            if ((n * (-moved - step).exp()) @ p).log().sum() + n @ (moved + step) <= limit:
+            d, new = mixture(c + step)
+            if new <= value + 1e-11 * q.shape[1]:  # room for round-off
                 break
             step = 0.5 * step
-        c = c + step
-    return c, d.log_().add_(largest), found
+        c, value = c + step, new
+        if worst < _TOLERANCE:  # the last step was for the last digits
+            break
+    return c, d.log_().add_(largest), worst < _TOLERANCE
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """Blocks of draws: a large temporary costs more than what is done with it."""
+    return torch.split(x, 8192, -1)
+
+
+def _gram(blocks: Iterable[Tensor]) -> Tensor:
+    return torch.stack([x @ x.T for x in blocks]).sum(0)
 
 
 def _inverse(hessian: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,10 +201,10 @@ def _inverse(hessian: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _start(q: Tensor, n: Tensor) -> Tensor:
-    """A first guess: BAR between all pairs by some hundred draws of each state, then along the tree
+    """A first guess: BAR between all pairs by some fifty draws of each state, then along the tree
     of those pairs that overlap most."""
     k = len(n)
-    m = max(2, min(100, 1_000_000 // k**2))
+    m = max(2, min(50, 1_000_000 // k**2))
     first = n.cumsum(0) - n
     spread = torch.linspace(0.0, 1.0, m, dtype=n.dtype, device=n.device)
     index = (first[:, None] + (n - 1.0)[:, None] * spread).long()
@@ -228,7 +245,8 @@ def _warn_of_gaps(
     variance = 1.0 / between - 1.0 / left - 1.0 / (n.sum() - left)
     worst = int(variance.argmax()) if len(n) > 1 else 0
     if len(n) > 1 and variance[worst] > _WORST:
-        few, rest = sorted((order[: worst + 1], order[worst + 1 :]), key=len)
+        groups = order[: worst + 1], order[worst + 1 :]
+        few, rest = sorted(groups, key=lambda group: (len(group), -int(group.min())))
         warnings.warn(
             f"the states {sorted(sampled[few].tolist())} are connected with the {len(rest)} other "
             f"sampled ones by effectively {float(between[worst]):.2g} draws (the second eigenvalue "
