@@ -287,7 +287,7 @@ def test_the_bias_of_log_z_is_half_its_variance(rng):
 
     The next term of the expansion in 1 / N is taken into account.
     """
-    d, k, num_chains, repetitions = 1.5, 5, 20, 40_000
+    d, k, num_chains, repetitions = 1.5, 5, 20, 20_000
     path = ExactGaussians([0.0], [1.0], [d], [1.0])
     variance = d * d / k
     n = num_chains * repetitions
@@ -304,7 +304,7 @@ def test_the_bias_of_log_z_is_half_its_variance(rng):
         grouped = (sign * log_w).reshape(num_chains, repetitions)
         bias = grouped.logsumexp(0) - math.log(num_chains)
         assert abs(z_score(bias, predicted)) < Z
-        assert abs(z_score(bias, 0.0)) > 10  # without the bias
+        assert abs(z_score(bias, 0.0)) > 8  # without the bias
         assert abs(z_score(bias, -variance / 2)) > 10  # that of a single chain
         # half the variance of log Z itself, to first order
         assert abs(float(bias.var()) / 2 / -first - 1.0) < 0.1
@@ -318,7 +318,7 @@ def test_standard_errors_are_calibrated_both_ways(rng, device, dtype):
     rbm = machine(rng, dtype, device)
     exact = float(rbm.double().log_z().value)
     rbm = machine(rng, dtype, device)
-    path, n, repetitions = rbm.annealing_path(), 300, 200
+    path, n, repetitions = rbm.annealing_path(), 150, 200
     betas, g = linear_schedule(21), rng(30, device)
     forward = ais(path, betas, n * repetitions, generator=g)
     x = exact_draws(rbm, n * repetitions, g)
@@ -365,7 +365,7 @@ def trained_machine(rng) -> tuple[RBM, Tensor]:
     base = rbm.b.detach().clone()
     chains = PersistentChains(rbm, 100, generator=rng(41))
     optimizer = torch.optim.SGD(rbm.parameters(), lr=0.3)
-    for _ in range(6):
+    for _ in range(4):
         for rows in train[torch.randperm(len(train), generator=rng(42))].split(100):
             optimizer.zero_grad()
             chains.loss(rows).backward()
@@ -441,9 +441,9 @@ def test_the_gap_tells_what_the_effective_sample_size_does_not(rng):
 def test_tens_of_thousands_of_betas(rng, capsys):
     path = TwoWells(2.0)
     path.step = lambda x, beta, *, generator: x  # the weights telescope
-    found = ais(path, linear_schedule(10_001), 4000, generator=rng(60), progress=True)
-    assert found.log_weights.shape == (4000,)
-    assert abs(found.value - path.table.logsumexp(0)) < Z * found.std_error < 0.2
+    found = ais(path, linear_schedule(10_001), 100, generator=rng(60), progress=True)
+    assert found.log_weights.shape == (100,)
+    assert abs(found.value - path.table.logsumexp(0)) < Z * found.std_error < 0.5
     at_once = path.table + path.base_log_z
     assert (found.log_weights[:, None] - at_once).abs().amin(1).max() < 1e-10
     assert "10000/10000" in capsys.readouterr().err

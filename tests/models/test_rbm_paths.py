@@ -162,7 +162,7 @@ def test_changes_are_exact_also_where_they_are_extreme(rng, units):
         tensors = (torch.tensor(b, dtype=F64).expand(7) for b in (beta, after))
         torch.testing.assert_close(softplus_change(a, *tensors), exact, rtol=1e-12, atol=1e-12)
         single = softplus_change(a.float(), beta, after)
-        torch.testing.assert_close(single, exact, rtol=3e-6, atol=1e-12)
+        torch.testing.assert_close(single, exact, rtol=1e-5, atol=1e-12)
     tiny = softplus_change(a.float(), 0.5, 0.5 + 1e-7)
     torch.testing.assert_close(
         tiny, 1e-7 * (a * (0.5 * a).sigmoid()).sum(-1), rtol=1e-5, atol=1e-12

@@ -181,8 +181,9 @@ def coins(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     bits = torch.empty((probs.numel() + 3) // 4, dtype=torch.int64, device=probs.device)
     bits.random_(-(2**63), None, generator=generator)  # all 64 bits of each
     k = bits.view(torch.uint16)[: probs.numel()].view(probs.shape).to(probs.dtype)
-    u = torch.rand(probs.shape[-1:], dtype=probs.dtype, device=probs.device, generator=generator)
-    return k.sub_(probs, alpha=65536.0).lt_(-u)  # exact where u matters
+    minus_u = torch.empty(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+    minus_u.uniform_(-1.0, 0.0, generator=generator)
+    return k.sub_(probs, alpha=65536.0).le_(minus_u)  # exact where u matters
 
 
 def checked(name: str, x: Tensor | None, like: Tensor) -> Tensor | None:

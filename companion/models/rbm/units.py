@@ -70,21 +70,21 @@ def softplus_change(inputs: Tensor, beta: Tensor | float, next_beta: Tensor | fl
         start, end = (
             torch.as_tensor(x, dtype=torch.float64, device=inputs.device) for x in (beta, next_beta)
         )
-        low, distance = torch.minimum(start, end), end - start
-        sign, distance = distance.sign(), distance.abs()
+        change = end - start
+        low, distance, sign = torch.minimum(start, end), change.abs(), change.sign()
+        inputs = inputs + 0.0 * of_units(change, inputs)  # of the common shape
     else:
         low, distance = min(beta, next_beta), abs(next_beta - beta)
         sign = math.copysign(1.0, next_beta - beta)
     size = inputs.abs()
-    m = (size * of_units(-low, size)).sigmoid_()
-    m = m * (size * of_units(-distance, size)).expm1_()
+    m = (size * of_units(-low, size)).sigmoid_().mul_(size.mul_(of_units(-distance, size)).expm1_())
     for _ in range(2):
         half = m.shape[-1] // 2
         first, last = m[..., :half], m[..., m.shape[-1] - half :]
         first.addcmul_(first, last).add_(last)
         m = m[..., : m.shape[-1] - half]  # with the middle one, if their number is odd
-    positive = inputs.clamp(min=0.0).sum(-1, dtype=torch.float64)
-    return sign * (distance * positive + m.log1p().sum(-1, dtype=torch.float64))
+    positive = torch.clamp(inputs, min=0.0, out=size).sum(-1).double()
+    return sign * (distance * positive + m.log1p().sum(-1).double())
 
 
 def of_units(beta: Tensor | float, like: Tensor) -> Tensor | float:
@@ -119,7 +119,7 @@ def check_binary(name: str, x: Tensor, num_units: int, like: Tensor) -> Tensor:
     """Return `x` in the dtype of the parameter `like`, or raise if it is no batch of zeros and
     ones, `(..., num_units)`."""
     x = check_states(name, x, num_units, like)
-    if (x - 1).mul_(x).abs_().sum() != 0:  # so it is with NaN and infinity, too
+    if torch.addcmul(x, x, x, value=-1.0).abs_().sum() != 0:  # x - x^2; also NaN and infinity
         check_finite(name, x)
         first = tuple(torch.nonzero(x * (x - 1))[0].tolist())
         raise ValueError(
