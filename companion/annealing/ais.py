@@ -161,9 +161,9 @@ def reverse_ais(
     Warns:
         UserWarning: as in `ais`; the estimate is then too high by nobody knows how much.
 
-    Reference: Neal (2005), *Estimating ratios of normalizing constants using linked importance
-    sampling*; Burda, Grosse and Salakhutdinov (2015), *Accurate and conservative estimates of MRF
-    log-likelihood using reverse annealing*.
+    Reference: Grosse, Ghahramani and Adams (2015), *Sandwiching the marginal likelihood using
+    bidirectional Monte Carlo*; Burda, Grosse and Salakhutdinov (2015), *Accurate and conservative
+    estimates of MRF log-likelihood using reverse annealing*.
 
     >>> from companion.models.rbm import RBM
     >>> from companion.tempering import linear_schedule
