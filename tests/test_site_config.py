@@ -1,5 +1,6 @@
 """The site's configuration: what depends on the environment, and what the toc must hold."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -35,6 +36,19 @@ def test_buttons_point_at_the_repository_that_the_site_is_built_in(
     assert options["repository_url"] == "https://github.com/someone/book"
     assert options["use_edit_page_button"]
     assert options["launch_buttons"].keys() >= {"colab_url", "binderhub_url"}
+
+
+def test_names_of_the_reference_lead_to_the_lines_of_their_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolve = configured(monkeypatch, GITHUB_REPOSITORY="someone/book").linkcode_resolve
+    address = resolve("py", {"module": "companion.core", "fullname": "LogZ.interval"})
+    where, first, last = re.split("#L|-L", address)
+    assert where == "https://github.com/someone/book/blob/main/companion/core/log_z.py"
+    lines = (ROOT / "companion/core/log_z.py").read_text().splitlines()[int(first) - 1 : int(last)]
+    assert lines[0].strip().startswith("def interval(") and lines[-1].strip().startswith("return ")
+    for name in ("LogProb", "Tensor", "nothing"):  # an alias, another project's, none at all
+        assert resolve("py", {"module": "companion.core", "fullname": name}) is None
 
 
 def test_without_a_repository_there_are_no_buttons(monkeypatch: pytest.MonkeyPatch) -> None:

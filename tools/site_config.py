@@ -1,24 +1,32 @@
 """Sphinx extension: what the site's configuration takes from the place where the site is built.
 
 - `GITHUB_REPOSITORY` (set by GitHub's workflows, `owner/name`): the repository's address. The
-  buttons that need it (launch on Colab or Binder, repository, edit) appear only when it is set.
+  buttons that need it (launch on Colab or Binder, repository, edit), and the links from the API
+  reference to the source, appear only when it is set.
 - `BOOK_ONLINE`: when it is set, names of PyTorch, NumPy and Python in the API reference link to
   their own documentation, if that can be reached. Otherwise no network is used.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+import pybtex.plugin  # type: ignore[import-untyped]
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util import logging
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_repository(config: Config, repository: str) -> None:
@@ -39,6 +47,19 @@ def add_repository(config: Config, repository: str) -> None:
     }
 
 
+def source_address(repository: str, info: dict[str, str]) -> str | None:
+    """Where on GitHub the source of a documented name is, or None if it has no lines of its own."""
+    try:
+        documented = attrgetter(info["fullname"])(sys.modules[info["module"]])
+        documented = inspect.unwrap(getattr(documented, "fget", None) or documented)
+        path = Path(inspect.getfile(documented)).resolve().relative_to(ROOT)
+        lines, first = inspect.getsourcelines(documented)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return None  # a constant, an alias, something of another project
+    where = f"{path.as_posix()}#L{first}-L{first + len(lines) - 1}"
+    return f"https://github.com/{repository}/blob/main/{where}"
+
+
 def within_reach(mapping: dict[str, Any]) -> dict[str, Any]:
     """The entries of an intersphinx mapping whose inventory can be fetched."""
     reached = {}
@@ -57,6 +78,7 @@ def configure(app: Sphinx, config: Config) -> None:
     config.html_theme_options.pop("repository_url", None)  # the default is Jupyter Book's own
     if repository := os.environ.get("GITHUB_REPOSITORY"):
         add_repository(config, repository)
+        config.linkcode_resolve = lambda domain, info: source_address(repository, info)
     online = bool(os.environ.get("BOOK_ONLINE"))
     config.intersphinx_mapping = within_reach(config.intersphinx_mapping) if online else {}
     config.nitpick_ignore_regex = [
@@ -110,8 +132,12 @@ def link_alias(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
+    # Asked anew for each citation, it would read what is known of all installed packages each time.
+    pybtex.plugin.entry_points = functools.cache(pybtex.plugin.entry_points)
     app.connect("missing-reference", link_alias)
     app.setup_extension("sphinx.ext.autodoc")
+    if os.environ.get("GITHUB_REPOSITORY"):
+        app.setup_extension("sphinx.ext.linkcode")
     app.connect("autodoc-process-docstring", show_formulas, priority=1)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", skip_member)

@@ -34,10 +34,10 @@ def test_page(tab: Page, site: str, name: str) -> None:
     complaints += checks.undrawn_images(tab)
     complaints += checks.transparent_figures(tab)
     # Each change of theme restyles the whole page: the phone begins with the desk's last.
-    views = [(DESK, "desk", ("light", "dark")), (PHONE, "phone", ("dark", "light"))]
-    if name.startswith("_modules/"):  # listings of source in one layout: the narrow one is harder
-        views = views[1:]
-    for size, device, themes in views:
+    for size, device, themes in (
+        (DESK, "desk", ("light", "dark")),
+        (PHONE, "phone", ("dark", "light")),
+    ):
         tab.set_viewport_size(size)  # type: ignore[arg-type]
         for theme in themes:
             checks.set_theme(tab, theme)
