@@ -130,7 +130,8 @@ def test_bar_takes_the_weights_of_annealing_as_they_are(rng, ledger):
     target = Gaussian(torch.tensor([1.0, 3.0], dtype=F64), covariance)
     path, betas = exact_path(base, target), linear_schedule(6)
     x = target.sample(800, generator=rng(6))
-    forward, reverse = ais(path, betas, 400, generator=rng(7)), reverse_ais(path, betas, x)
+    forward = ais(path, betas, 400, generator=rng(7))
+    reverse = reverse_ais(path, betas, x, generator=rng(8))
     found = bar(forward.log_weights, reverse.log_weights)
     ledger(
         "log Z of a normal law, BAR of forward and reverse AIS",
@@ -314,10 +315,11 @@ def test_no_overlap_gives_no_number_that_could_be_taken_for_one(rng):
 
 
 def test_a_reciprocal_bridge_over_an_unbounded_space_is_told(rng):
-    x_p, x_q = draws(rng(18), 2000, 2000)
+    """Its means do not exist: 200 problems have standard errors that mean nothing."""
+    x_p, x_q = draws(rng(18), 1000, 1000, 200)
     with pytest.warns(UserWarning, match="hardly overlap"):
         found = bridge_sampling(log_p, x_p, log_q, x_q, bridge="reciprocal")
-    assert found.ess < 10
+    assert not is_calibrated((found.value - LOG_RATIO) / found.std_error)
 
 
 # ---------------------------------------------------------------- input

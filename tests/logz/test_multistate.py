@@ -211,7 +211,7 @@ def test_covariances_are_calibrated(rng):
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_wrong_covariance_or_equation_is_found(bug, rng, monkeypatch):
     plant(monkeypatch, mbar, *PLANTED[bug], where=sys.modules[__name__])
-    assert not is_calibrated(repeat(rng(8), 60))
+    assert not is_calibrated(repeat(rng(8), 120))
 
 
 def test_the_spread_of_chains_counts_autocorrelation(rng):
