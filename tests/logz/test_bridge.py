@@ -128,7 +128,7 @@ def test_bar_takes_the_weights_of_annealing_as_they_are(rng, ledger):
     base = Gaussian(torch.zeros(2, dtype=F64), 4.0 * torch.eye(2, dtype=F64))
     covariance = torch.tensor([[1.0, -0.4], [-0.4, 0.5]], dtype=F64)
     target = Gaussian(torch.tensor([1.0, 3.0], dtype=F64), covariance)
-    path, betas = exact_path(base, target), linear_schedule(6)
+    path, betas = exact_path(base, target), linear_schedule(40)
     x = target.sample(800, generator=rng(6))
     forward = ais(path, betas, 400, generator=rng(7))
     reverse = reverse_ais(path, betas, x, generator=rng(8))
