@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from companion.annealing.walks import Walk, base_log_z, trial, warn_if_collapsed
 from companion.core import AnnealingPath, LogZ
 from companion.importance import log_mean_weight
 from companion.inputs import check_count, check_finite, check_generator
@@ -30,7 +30,6 @@ from companion.tempering.schedules import check_betas
 
 __all__ = ["Sandwich", "ais", "bidirectional", "reverse_ais"]
 
-_LARGEST_ERROR = 0.3  # of log Z: the effective sample size is then below ten
 _SMALLEST_GAP = 0.1  # in nats: a smaller one is nothing to warn of
 
 
@@ -80,8 +79,9 @@ def ais(
         TypeError: a path that is none, or a checkpoint without a generator.
 
     Warns:
-        UserWarning: a standard error above 0.3, which is to say an effective sample size below
-            about ten: the estimate is then too low by nobody knows how much.
+        UserWarning: an effective sample size below about ten; or one below a fifth where normal
+            log weights of the spread seen would have one below ten, since then the large weights
+            have been missed. The estimate is too low by nobody knows how much.
 
     Reference: Neal (2001), *Annealed importance sampling*; Salakhutdinov and Murray (2008), *On the
     quantitative analysis of deep belief networks*.
@@ -99,7 +99,7 @@ def ais(
     check_count("num_chains", num_chains, minimum=2)
     check_count("save_every", save_every)
     schedule = check_betas(betas, torch.device("cpu"), from_zero=True)
-    walk = _Walk()
+    walk = Walk()
     saved = None
     if checkpoint is not None:
         if generator is None:
@@ -108,7 +108,7 @@ def ais(
             "num_chains": num_chains,
             "betas": f"{len(schedule)}, digest {digest('', {'betas': schedule})[:16]}",
             "generator": f"{generator.device.type}, seed {generator.initial_seed()}",
-            "the path": _trial(path, generator.device),
+            "the path": trial(path, generator.device),
         }
         saved = Checkpoint(checkpoint, {"walk": walk, "generator": generator}, settings)
     if saved is None or not saved.resume():
@@ -118,8 +118,8 @@ def ais(
         return advance(path, x, beta, next_beta, generator=generator)
 
     log_weights = walk.run(schedule.tolist(), move, progress, saved, save_every)
-    log_z = log_mean_weight(log_weights + _base_log_z(path, log_weights))
-    _warn_if_collapsed(log_z, "low", stacklevel=4)
+    log_z = log_mean_weight(log_weights + base_log_z(path, log_weights))
+    warn_if_collapsed(log_z, 1, stacklevel=4)
     return log_z
 
 
@@ -200,13 +200,13 @@ def reverse_ais(
         increment = torch.where(before == -torch.inf, before, after - before)
         return back(x, next_beta, generator=generator), increment
 
-    walk = _Walk()
+    walk = Walk()
     walk.begin(x.detach(), path)
     log_inverse = walk.run(schedule.tolist(), move, progress)
-    log_inverse = log_inverse - _base_log_z(path, log_inverse)
+    log_inverse = log_inverse - base_log_z(path, log_inverse)
     inverse = log_mean_weight(log_inverse)
     log_z = LogZ(-inverse.value, inverse.std_error, -log_inverse, inverse.ess)
-    _warn_if_collapsed(log_z, "high", stacklevel=4)
+    warn_if_collapsed(log_z, -1, stacklevel=4)
     return log_z
 
 
@@ -298,80 +298,3 @@ def bidirectional(
             stacklevel=3,  # this frame, and that of no_grad
         )
     return found
-
-
-# ---------------------------------------------------------------- inside
-
-
-class _Walk:
-    """Chains on their way along a schedule, and the sums of their increments so far."""
-
-    def __init__(self) -> None:
-        self.x = self.log_weights = torch.empty(0, device="cpu")
-        self.steps = 0
-        self._device: torch.device | None = None
-
-    def begin(self, x: Tensor, path: AnnealingPath) -> None:
-        self.x = x
-        chains = x.shape[: torch.as_tensor(path.base_log_z).ndim + 1]
-        self.log_weights = torch.zeros(chains, dtype=torch.float64, device=x.device)
-
-    def run(
-        self,
-        betas: Sequence[float],
-        move: Callable[[Tensor, float, float], tuple[Tensor, Tensor]],
-        progress: bool,
-        saved: Checkpoint | None = None,
-        save_every: int = 1,
-    ) -> Tensor:
-        """The sums of the increments at the end, chains first."""
-        from tqdm import tqdm
-
-        last = len(betas) - 1
-        with tqdm(total=last, initial=self.steps, disable=not progress) as bar:
-            for k in range(self.steps, last):
-                x, increment = move(self.x, betas[k], betas[k + 1])
-                # Contiguous, as it comes back from a checkpoint: sums depend on the layout.
-                self.x, self.log_weights = x.contiguous(), self.log_weights + increment
-                self.steps = k + 1
-                if saved is not None and (self.steps % save_every == 0 or self.steps == last):
-                    saved.save()
-                bar.update()
-        return self.log_weights.movedim(-1, 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        device = str(self.x.device)
-        return {"x": self.x, "log_weights": self.log_weights, "steps": self.steps, "on": device}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.x, self.log_weights = (state[name].to(state["on"]) for name in ("x", "log_weights"))
-        self.steps = state["steps"]
-
-
-def _base_log_z(path: AnnealingPath, like: Tensor) -> Tensor:
-    return torch.as_tensor(path.base_log_z, dtype=torch.float64, device=like.device)
-
-
-def _trial(path: AnnealingPath, device: torch.device) -> str:
-    """What tells one path from another: where a step leads, and the densities there."""
-    own = torch.Generator(device).manual_seed(0)
-    x = path.step(path.sample_base(8, generator=own), 1.0, generator=own)
-    sizes = [x.double(), path.log_prob(x, 0.0), path.log_prob(x, 1.0)]
-    told = ", ".join(f"{float(size.double().abs().mean()):.6g}" for size in sizes)
-    return f"{tuple(x.shape[1:])} of {x.dtype}, {told}"
-
-
-def _warn_if_collapsed(log_z: LogZ, side: str, *, stacklevel: int) -> None:
-    assert log_z.log_weights is not None and log_z.ess is not None
-    suspect = log_z.std_error > _LARGEST_ERROR
-    if suspect.any():
-        several = (
-            f"of {int(suspect.sum())} of {suspect.numel()} machines " if log_z.value.ndim else ""
-        )
-        warnings.warn(
-            f"the effective sample size {several}is {float(log_z.ess.min()):.1f} of "
-            f"{len(log_z.log_weights)} chains: log Z may be too {side} by far more than its "
-            "standard error. Take more betas, or a base nearer to the target (for a trained RBM, "
-            "annealing_path with the log-odds of the data's unit means)",
-            stacklevel=stacklevel,
-        )
