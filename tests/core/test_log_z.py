@@ -18,8 +18,9 @@ def test_log_z_is_float64_on_the_device_of_its_value(device, dtype):
         log_weights=torch.zeros(5, 2),
         ess=torch.tensor(3.0),
         covariance=torch.eye(2),
+        discretization=0.1,
     )
-    for name in ("value", "std_error", "log_weights", "ess", "covariance"):
+    for name in ("value", "std_error", "log_weights", "ess", "covariance", "discretization"):
         field = getattr(log_z, name)
         assert (field.dtype, field.device.type) == (torch.float64, device.type), name
 
@@ -27,7 +28,7 @@ def test_log_z_is_float64_on_the_device_of_its_value(device, dtype):
 def test_log_z_of_numbers_has_no_other_fields():
     log_z = LogZ(2, 0)
     assert (log_z.value.item(), log_z.std_error.item()) == (2.0, 0.0)
-    assert log_z.log_weights is log_z.ess is log_z.covariance is None
+    assert log_z.log_weights is log_z.ess is log_z.covariance is log_z.discretization is None
     assert log_z.converged
     assert not LogZ(2, 0, converged=False).converged
 

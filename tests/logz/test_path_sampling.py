@@ -107,6 +107,13 @@ def test_draws_that_are_there_serve_as_those_of_a_run(rng, device, method):
     torch.testing.assert_close(of_draws.std_error, of_run.std_error, rtol=1e-9, atol=0.0)
 
 
+def test_the_last_rung_of_a_ladder_with_swaps_is_parallel_tempering(rng, device):
+    path, run = wide(device=device, rho=0.5), {"num_chains": 4, "warmup": 3, "thin": 2}
+    draws = sample_ladder(path, SIX, 7, **run, generator=rng(0, device))
+    trace = parallel.parallel_tempering(path, SIX, 7, **run, generator=rng(0, device)).trace
+    assert torch.equal(draws[-1], trace.x)
+
+
 def test_draws_of_a_ladder_follow_the_law_at_every_beta(rng, device):
     path = wide(device=device)
     for swap in (True, False):
