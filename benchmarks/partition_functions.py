@@ -3,11 +3,11 @@
     make bench                                        all benchmarks
     .venv-bench/bin/python benchmarks/partition_functions.py
 
-100 chains in single precision: a schedule of 300 temperatures, through `ais`, with the weights summed
-in double precision. Two products of the chains with W at each temperature are the least that Gibbs
-sampling needs; the general route takes three, and double precision to weigh by differences. Times
-are processor time on one pinned thread, medians of interleaved runs; then the clock's time on two
-threads. A schedule of 10,000 costs 33 times as much.
+100 chains in single precision: a schedule of 300 temperatures, through `ais`, with the weights
+summed in double precision. Two products of the chains with W at each temperature are the least
+that Gibbs sampling needs; the general route takes three, and double precision to weigh by
+differences. Times are processor time on one pinned thread, medians of interleaved runs; then the
+clock's time on two threads. A schedule of 10,000 costs 33 times as much.
 """
 
 import argparse
