@@ -57,7 +57,7 @@ class MachinePath:
     ) -> Tensor:
         """A sweep of block Gibbs sampling at `beta`, `(..., D) -> (..., D)`."""
         v = self._check(v, generator)
-        return self._sweep(self._inputs(v), of_units(beta, v), generator)
+        return self._sweep(self._hidden_probs(self._inputs(v), beta), of_units(beta, v), generator)
 
     @torch.no_grad()
     def advance(
@@ -71,14 +71,19 @@ class MachinePath:
         """Weigh and move, as `companion.tempering.advance` does, with two products in all."""
         v = self._check(v, generator)
         inputs = self._inputs(v)
-        increment = (next_beta - beta) * self._slope(v) + softplus_change(inputs, beta, next_beta)
-        return self._sweep(inputs, of_units(next_beta, v), generator), increment
+        probs = self._hidden_probs(inputs, next_beta)
+        change = softplus_change(inputs, beta, next_beta, probs)
+        increment = (next_beta - beta) * self._slope(v) + change
+        return self._sweep(probs, of_units(next_beta, v), generator), increment
+
+    def _hidden_probs(self, inputs: Tensor, beta: Tensor | float) -> Tensor:
+        return (of_units(beta, inputs) * inputs).sigmoid_()
 
     def _sweep(
-        self, inputs: Tensor, beta: Tensor | float, generator: torch.Generator | None
+        self, probs: Tensor, beta: Tensor | float, generator: torch.Generator | None
     ) -> Tensor:
-        h = coins((beta * inputs).sigmoid_(), generator)
-        return self._draw_visible(h, beta, generator)
+        """Hidden units with the given probabilities, then the visible ones."""
+        return self._draw_visible(coins(probs, generator), beta, generator)
 
     def _slope(self, v: Tensor) -> Tensor:
         """`E_0(v) - E_1(v)`, float64: how the part of v alone grows with beta."""
@@ -149,7 +154,7 @@ class RBMPath(MachinePath):
         return self.rbm._check_units("v", v, self.rbm.num_visible)
 
     def _inputs(self, v: Tensor) -> Tensor:
-        return (v @ self.rbm.W).add_(row(self.rbm.c))
+        return affine(row(self.rbm.c), v, self.rbm.W, 1.0)
 
     def _ends(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return dot(v, self._a).double(), dot(v, self.rbm.b).double()
@@ -161,10 +166,17 @@ class RBMPath(MachinePath):
         self, h: Tensor, beta: Tensor | float, generator: torch.Generator | None
     ) -> Tensor:
         bias = mix(row(self._a), row(self.rbm.b), beta)
-        return coins((h @ self.rbm.W.mT).mul_(beta).add_(bias).sigmoid_(), generator)
+        return coins(affine(bias, h, self.rbm.W.mT, beta).sigmoid_(), generator)
 
 
 # ---------------------------------------------------------------- inside
+
+
+def affine(bias: Tensor, x: Tensor, weights: Tensor, beta: Tensor | float) -> Tensor:
+    """`bias + beta x.weights`, a new tensor; in one pass where the shapes are plain."""
+    if x.ndim == weights.ndim == 2 and not isinstance(beta, Tensor):
+        return torch.addmm(bias, x, weights, alpha=beta)
+    return (x @ weights).mul_(beta).add_(bias)
 
 
 def coins(probs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -178,9 +190,10 @@ def coins(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     if probs.dtype != torch.float32:
         return bernoulli(probs, generator)
-    bits = torch.empty((probs.numel() + 3) // 4, dtype=torch.int64, device=probs.device)
-    bits.random_(-(2**63), None, generator=generator)  # all 64 bits of each
-    k = bits.view(torch.uint16)[: probs.numel()].view(probs.shape).to(probs.dtype)
+    n = probs.numel()
+    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=probs.device)
+    k = bits.random_(-(2**63), None, generator=generator).view(torch.uint16)  # all 64 bits of each
+    k = (k if len(k) == n else k[:n]).view(probs.shape).to(probs.dtype)
     minus_u = torch.empty(probs.shape[-1], dtype=probs.dtype, device=probs.device)
     minus_u.uniform_(-1.0, 0.0, generator=generator)
     return k.sub_(probs, alpha=65536.0).le_(minus_u)  # exact where u matters
@@ -200,4 +213,5 @@ def checked(name: str, x: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def mix(start: Tensor, end: Tensor, beta: Tensor | float) -> Tensor:
-    return (1.0 - beta) * start + beta * end
+    """`(1 - beta) start + beta end`, exact at both ends."""
+    return torch.lerp(start, end, beta.to(end) if isinstance(beta, Tensor) else beta)
