@@ -39,6 +39,7 @@ from companion.gradients import (
     pathwise_gradient,
     score_function_gradient,
 )
+from tests.calibration import z_score
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 FROM_OTHERS = ["leave_one_out", "optimal"]
@@ -47,11 +48,6 @@ FROM_OTHERS = ["leave_one_out", "optimal"]
 def z_limit(comparisons: int) -> float:
     """The same false-alarm rate for the largest of several (Bonferroni)."""
     return float(scipy.stats.norm.isf(scipy.stats.norm.sf(Z) / comparisons))
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.double().mean() - exact) / (x.double().std() / math.sqrt(len(x))))
 
 
 def double(*numbers: float) -> Tensor:

@@ -26,6 +26,7 @@ from companion.importance import (
 )
 from companion.monte_carlo import estimate
 from companion.targets import Gaussian, GaussianMixture
+from tests.calibration import is_calibrated, z_score
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 F64 = {"dtype": torch.float64}
@@ -40,18 +41,6 @@ def bell(x: Tensor) -> Tensor:
 def normals(problems: int, variance: float = 1.0) -> Normal:
     """A batch of separate problems with the same proposal."""
     return Normal(torch.zeros(problems, **F64), math.sqrt(variance))
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
-
-
-def is_calibrated(z: Tensor) -> bool:
-    """Whether 200 z-scores have mean 0 and mean square 1, at false-alarm rates of 1e-5."""
-    assert len(z) == 200
-    low, high = scipy.stats.chi2.interval(1 - 1e-5, len(z))
-    return low < z.square().sum() < high and abs(float(z.mean())) < Z / math.sqrt(len(z))
 
 
 class Fixed:

@@ -18,13 +18,9 @@ from companion.monte_carlo import (
     rejection_sampling,
     samples_needed,
 )
+from tests.calibration import z_score
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
 
 
 # ---------------------------------------------------------------- estimate

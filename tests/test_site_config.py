@@ -47,8 +47,9 @@ def test_names_of_the_reference_lead_to_the_lines_of_their_source(
     assert where == "https://github.com/someone/book/blob/main/companion/core/log_z.py"
     lines = (ROOT / "companion/core/log_z.py").read_text().splitlines()[int(first) - 1 : int(last)]
     assert lines[0].strip().startswith("def interval(") and lines[-1].strip().startswith("return ")
-    for name in ("LogProb", "Tensor", "nothing"):  # an alias, another project's, none at all
-        assert resolve("py", {"module": "companion.core", "fullname": name}) is None
+    for module, name in (("core", "LogProb"), ("core.log_z", "Tensor"), ("core", "nothing")):
+        nowhere = {"module": f"companion.{module}", "fullname": name}
+        assert resolve("py", nowhere) is None  # an alias, another project's, none at all
 
 
 def test_without_a_repository_there_are_no_buttons(monkeypatch: pytest.MonkeyPatch) -> None:

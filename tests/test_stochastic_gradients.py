@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from companion.gradients import pathwise_gradient, score_function_gradient
+from tests.calibration import z_score
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
 
 
 # ---------------------------------------------------------------- differences of noisy values

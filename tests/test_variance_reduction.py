@@ -16,14 +16,10 @@ from companion.monte_carlo import (
     quasi_monte_carlo,
     stratified,
 )
+from tests.calibration import z_score
 
 Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 REPETITIONS = 200
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
 
 
 def calibrated(z: Tensor, degrees: int | None = None) -> bool:

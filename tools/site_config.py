@@ -26,7 +26,7 @@ from sphinx.config import Config
 from sphinx.util import logging
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1] / "companion"
 
 
 def add_repository(config: Config, repository: str) -> None:
@@ -52,12 +52,12 @@ def source_address(repository: str, info: dict[str, str]) -> str | None:
     try:
         documented = attrgetter(info["fullname"])(sys.modules[info["module"]])
         documented = inspect.unwrap(getattr(documented, "fget", None) or documented)
-        path = Path(inspect.getfile(documented)).resolve().relative_to(ROOT)
+        path = Path(inspect.getfile(documented)).resolve().relative_to(PACKAGE)
         lines, first = inspect.getsourcelines(documented)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return None  # a constant, an alias, something of another project
     where = f"{path.as_posix()}#L{first}-L{first + len(lines) - 1}"
-    return f"https://github.com/{repository}/blob/main/{where}"
+    return f"https://github.com/{repository}/blob/main/{PACKAGE.name}/{where}"
 
 
 def within_reach(mapping: dict[str, Any]) -> dict[str, Any]:

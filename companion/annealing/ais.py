@@ -25,7 +25,7 @@ from companion.core import AnnealingPath, LogZ
 from companion.importance import log_mean_weight
 from companion.inputs import check_count, check_finite, check_generator
 from companion.storage import Checkpoint, digest
-from companion.tempering.paths import advance, check_path, profile
+from companion.tempering.paths import advance, check_path, gain, profile
 from companion.tempering.schedules import check_betas
 
 __all__ = ["Sandwich", "ais", "bidirectional", "reverse_ais"]
@@ -196,9 +196,7 @@ def reverse_ais(
         if back is None:  # a step is its own reversal
             return advance(path, x, beta, next_beta, generator=generator)
         at = profile(path, x)
-        before, after = at(beta), at(next_beta)
-        increment = torch.where(before == -torch.inf, before, after - before)
-        return back(x, next_beta, generator=generator), increment
+        return back(x, next_beta, generator=generator), gain(at(beta), at(next_beta))
 
     walk = Walk()
     walk.begin(x.detach(), path)

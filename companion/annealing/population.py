@@ -13,7 +13,7 @@ from companion.core import AnnealingPath
 from companion.importance import resample
 from companion.importance.weights import Scheme
 from companion.inputs import check_generator
-from companion.tempering.paths import profile
+from companion.tempering.paths import gain, profile
 
 __all__ = ["Profile", "Stage", "conditional_ess_beta", "stages"]
 
@@ -53,7 +53,7 @@ def stages(
     while beta < 1.0:
         at = profile(path, x)
         new = next_beta(at, beta, log_weights)
-        log_weights = log_weights + _increment(at(beta), at(new))
+        log_weights = log_weights + gain(at(beta), at(new))
         total = log_weights.logsumexp(0)
         if not -math.inf < float(total.max()) < math.inf:
             raise ValueError(_what_is_wrong(log_weights, new))
@@ -71,11 +71,6 @@ def stages(
             x = path.step(x, new, generator=generator)
         yield Stage(new, x, log_weights, ess, resampled, ancestors)
         beta = new
-
-
-def _increment(before: Tensor, after: Tensor) -> Tensor:
-    """What the log weights gain; a particle of density zero stays at weight zero."""
-    return torch.where(before == -math.inf, before, after - before)
 
 
 def _what_is_wrong(log_weights: Tensor, beta: float) -> str:
@@ -98,7 +93,7 @@ def conditional_ess_beta(at: Profile, beta: float, log_weights: Tensor, target: 
     before = at(beta)
 
     def log_share(new: float) -> float:
-        increment = _increment(before, at(new))
+        increment = gain(before, at(new))
         mean = (log_weights + increment).logsumexp(0)
         square = (log_weights + 2.0 * increment).logsumexp(0)
         alive = log_weights.where(increment > -math.inf, -math.inf).logsumexp(0)

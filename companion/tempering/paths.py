@@ -255,9 +255,13 @@ def advance(
     if own is not None:
         return cast(tuple[Tensor, Tensor], own(x, beta, next_beta, generator=generator))
     at = profile(path, x)
-    before, after = at(beta), at(next_beta)
-    increment = torch.where(before == -torch.inf, before, after - before)
+    increment = gain(at(beta), at(next_beta))
     return path.step(x, next_beta, generator=generator), increment
+
+
+def gain(before: Tensor, after: Tensor) -> Tensor:
+    """By how much a log-density changes; from zero there is no way, whatever comes after."""
+    return torch.where(before == -torch.inf, before, after - before)
 
 
 # ---------------------------------------------------------------- how a run begins

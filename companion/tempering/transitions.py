@@ -25,7 +25,7 @@ from companion.mcmc.base import (
     select,
     uniform_noise,
 )
-from companion.tempering.paths import check_path, profile, reverse_step
+from companion.tempering.paths import check_path, gain, profile, reverse_step
 from companion.tempering.schedules import check_betas
 
 __all__ = ["tempered_transitions"]
@@ -121,7 +121,7 @@ def tempered_transitions(
 
         for colder, hotter in ladder:
             density = profile(path, x)
-            log_ratio = log_ratio + _gain(density(colder), density(hotter))
+            log_ratio = log_ratio + gain(density(colder), density(hotter))
             if hotter > 0.0:
                 x = move(path.step, usable(x), hotter, generator)
             else:  # the moves at the top, up and down
@@ -131,14 +131,9 @@ def tempered_transitions(
                 x = move(back, usable(x), hotter, generator)
             density = profile(path, x)
             value = density(colder)
-            log_ratio = log_ratio + _gain(density(hotter), value)
+            log_ratio = log_ratio + gain(density(hotter), value)
         proposal = ChainState(x, value.to(state.log_prob))
         info = metropolis_accept(log_ratio, uniform_noise(log_ratio, generator))
         return select(info.accepted, proposal, state), info
 
     return Kernel(lambda x: init_chains(lambda y: path.log_prob(y, 1.0), x), step)
-
-
-def _gain(before: Tensor, after: Tensor) -> Tensor:
-    """How the log-density changes between levels; from zero there is no way, whatever comes."""
-    return torch.where(before == -torch.inf, before, after - before)

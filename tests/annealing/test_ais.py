@@ -19,6 +19,7 @@ from companion.objectives import PersistentChains
 from companion.targets import Gaussian
 from companion.tempering import GeometricPath, likelihood_path, linear_schedule, sigmoid_schedule
 from companion.testing import binary_states
+from tests.calibration import is_calibrated, z_score
 from tests.mcmc.exact_targets import plant
 from tests.tempering.exact_paths import ExactGaussians, Ring, exact_path
 
@@ -26,18 +27,6 @@ Z = 4.5  # two-sided false-alarm rate 7e-6 a comparison
 F64 = torch.float64
 MODULE = sys.modules["companion.annealing.ais"]  # the package's attribute is the function
 BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
-
-
-def is_calibrated(z: Tensor) -> bool:
-    """Whether z-scores have mean 0 and mean square 1, at false-alarm rates of 1e-5."""
-    assert len(z) >= 200
-    low, high = scipy.stats.chi2.interval(1 - 1e-5, len(z))
-    return low < z.square().sum() < high and abs(float(z.mean())) < Z / math.sqrt(len(z))
 
 
 def slow_path(dtype=F64, device="cpu") -> ExactGaussians:

@@ -6,7 +6,6 @@ import sys
 import warnings
 
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
@@ -19,6 +18,7 @@ from companion.monte_carlo import estimate
 from companion.targets import Gaussian
 from companion.tempering import GeometricPath, advance, likelihood_path
 from companion.testing import binary_states
+from tests.calibration import is_calibrated, z_score
 from tests.mcmc.exact_targets import plant
 from tests.tempering.exact_paths import exact_path, log_z_at, moments_at
 
@@ -62,18 +62,6 @@ class Coin:
     def step(self, x: Tensor, beta, *, generator=None) -> Tensor:
         up = 1 / (1 + math.exp(-self.a * beta))
         return (torch.rand(x.shape, dtype=F64, generator=generator) < up).double()
-
-
-def z_score(x: Tensor, exact: float) -> float:
-    """Distance of the mean of independent values from `exact`, in standard errors."""
-    return float((x.mean() - exact) / (x.std() / math.sqrt(len(x))))
-
-
-def is_calibrated(z: Tensor) -> bool:
-    """Whether z-scores have mean 0 and mean square 1, at false-alarm rates of 1e-5."""
-    assert len(z) >= 200
-    low, high = scipy.stats.chi2.interval(1 - 1e-5, len(z))
-    return low < z.square().sum() < high and abs(float(z.mean())) < Z / math.sqrt(len(z))
 
 
 # Each replaces a line of `stages`: a run that weighs, resamples or moves wrongly.

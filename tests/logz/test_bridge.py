@@ -17,6 +17,7 @@ from companion.models.rbm import RBM
 from companion.targets import Gaussian
 from companion.tempering import linear_schedule
 from companion.testing import binary_states
+from tests.calibration import is_calibrated
 from tests.mcmc.exact_targets import plant
 from tests.tempering.exact_paths import exact_path
 
@@ -39,13 +40,6 @@ def log_q(x):
 def draws(generator, n_p, n_q, *batch, dtype=F64):
     like = {"dtype": dtype, "device": generator.device, "generator": generator}
     return 2.0 + 0.5 * torch.randn(n_p, *batch, **like), torch.randn(n_q, *batch, **like)
-
-
-def is_calibrated(z):
-    """Whether z-scores have mean 0 and mean square 1, at false-alarm rates of 1e-5."""
-    assert len(z) >= 200
-    low, high = scipy.stats.chi2.interval(1 - 1e-5, len(z))
-    return low < z.square().sum() < high and abs(float(z.mean())) < Z / math.sqrt(len(z))
 
 
 def asymptotic_sd(alpha, n):

@@ -228,6 +228,24 @@ def test_the_slope_counts_a_path_that_is_not_geometric():
     assert (bend.abs() > 1e-2).all()  # without it the slopes are wrong
 
 
+@pytest.mark.filterwarnings("ignore:the discretisation error")
+def test_on_a_path_that_is_not_geometric_the_integral_takes_the_whole_slope(rng, monkeypatch):
+    rbm = small_rbm()
+    path, states = rbm.annealing_path(), binary_states(6).to(F64)
+    betas = torch.linspace(0.0, 1.0, 5, dtype=F64)
+    law = profile(path, states)(betas[:, None]).softmax(-1)
+    x = states[torch.multinomial(law, 200_000, True, generator=rng(0))].reshape(5, 100, 2000, 6)
+
+    def error() -> float:
+        found = thermodynamic_integration(path, betas, x)
+        return float((found.value - rbm.log_z().value) / found.std_error)
+
+    assert abs(error()) < Z
+    whole, variance = ".square() + second)", ".square())"
+    plant(monkeypatch, thermodynamic_integration, whole, variance, where=sys.modules[__name__])
+    assert abs(error()) > 2 * Z  # with the variance of U alone
+
+
 def test_a_coarse_ladder_warns_and_a_fine_one_does_not(rng, device):
     path = wide(device=device)
     run = {"num_chains": 100, "warmup": 0}

@@ -140,9 +140,9 @@ def test_the_same_kernel_on_the_way_down_breaks_the_balance_and_the_law():
 
 
 MUTANTS = {
-    "the ratio of the way up alone": ("log_ratio = log_ratio + _gain(density(hotter), value)", ""),
+    "the ratio of the way up alone": ("log_ratio = log_ratio + gain(density(hotter), value)", ""),
     "the ratio of the way down alone": (
-        "log_ratio = log_ratio + _gain(density(colder), density(hotter))",
+        "log_ratio = log_ratio + gain(density(colder), density(hotter))",
         "density(colder)",
     ),
     "the ratio upside down": ("metropolis_accept(log_ratio,", "metropolis_accept(-log_ratio,"),
