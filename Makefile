@@ -9,6 +9,8 @@ BENCH_READY := .venv-bench/.ready
 CONFIGURED := _build/.configured
 RECORDS := _build/ledger-records.jsonl
 
+# Where this is set, every process compiles PyTorch anew, and takes three times as long to start.
+unexport PYTHONDONTWRITEBYTECODE
 # The last digits of a sum depend on the number of threads: one everywhere, and a process for each core.
 export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -327,8 +327,11 @@ class _Base:
         self.log_z = torch.as_tensor(
             log_z.value if isinstance(log_z, LogZ) else log_z, dtype=torch.float64, device="cpu"
         )
-        # A point of the support: torch.distributions raise on points outside of it.
-        self.inside = draw(base, 1, generator=_generator_for(base))[0]
+        # A point of the support: torch.distributions raise on points outside of it. Which point and
+        # on what device is the base's affair, and the global generators are left as they were.
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=devices):
+            self.inside = draw(base, 1)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.support is None:
@@ -344,17 +347,6 @@ class _Base:
             if not self(x.detach().requires_grad_()).requires_grad:  # it is flat: a uniform law
                 return self(x), torch.zeros_like(x)
         return value_and_grad(self.__call__, x)
-
-
-def _generator_for(base: Any) -> torch.Generator:
-    """A generator of its own, on the device where the base draws."""
-    parameters = [v for v in vars(base).values() if isinstance(v, Tensor)]
-    nested = getattr(base, "base_dist", None)
-    while nested is not None and not parameters:
-        parameters = [v for v in vars(nested).values() if isinstance(v, Tensor)]
-        nested = getattr(nested, "base_dist", None)
-    device = parameters[0].device if parameters else torch.device("cpu")
-    return torch.Generator(device).manual_seed(0)
 
 
 class _Tempered:

@@ -72,7 +72,7 @@ def regression(device):
     def log_prob(x: Tensor) -> Tensor:
         coefficients, variance = x[..., :3], x[..., 3]
         sd = variance.sqrt()[..., None]
-        prior = InverseGamma(a, b).log_prob(variance)
+        prior = InverseGamma(*t(a, b, device=device)).log_prob(variance)
         prior = prior + Normal(0.0, math.sqrt(v) * sd).log_prob(coefficients).sum(-1)
         return prior + Normal(coefficients @ features.T, sd).log_prob(y).sum(-1)
 
