@@ -673,7 +673,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
     def last_save():
         return path.stat().st_mtime_ns if path.exists() else None
 
-    while len(epochs) < 5:
+    while len(epochs) < 3:
         before = last_save()
         process = SERVER.Process(target=killed_run, args=(path,))
         process.start()
@@ -687,7 +687,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
         assert process.exitcode == -signal.SIGKILL
         # Whatever the moment, the file is whole: load_state checks its digest.
         epochs.append(len(load_state(path)["parts"]["record"]["loss"]))
-    assert len(epochs) >= 3
+    assert len(epochs) >= 2
     assert all(0 < a < b for a, b in itertools.pairwise(epochs))
     resumed = finish(path)
     assert equal(resumed, finish(tmp_path / "whole"))

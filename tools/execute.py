@@ -88,9 +88,13 @@ def package_sources(code: list[str], root: Path = ROOT) -> dict[str, str]:
 
 def fingerprints(notebook: NotebookNode, root: Path = ROOT) -> dict[str, str]:
     """The fingerprints of a notebook's code and of the package sources behind it."""
-    code = code_of(notebook)
-    package = json.dumps(package_sources(code, root), sort_keys=True)
-    return {"code_sha256": sha256(json.dumps(code)), "package_sha256": sha256(package)}
+    package = json.dumps(package_sources(code_of(notebook), root), sort_keys=True)
+    return {"code_sha256": code_fingerprint(notebook), "package_sha256": sha256(package)}
+
+
+def code_fingerprint(notebook: NotebookNode) -> str:
+    """The fingerprint of a notebook's code alone."""
+    return sha256(json.dumps(code_of(notebook)))
 
 
 def why_stale(notebook: NotebookNode, root: Path = ROOT) -> str | None:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tools.execute import fingerprints
+from tools.execute import code_fingerprint
 from tools.markup import Item, Page, load, page_paths, parse, toc_names, walk
 from tools.pages import is_pitfall
 
@@ -100,7 +100,7 @@ def code_and_outputs_belong_together(page: Page) -> Iterator[str]:
         yield "its run time is not recorded: run make execute"
     elif not 0 < seconds <= SECONDS_EACH:
         yield f"it ran for {seconds} s; a chapter has {SECONDS_EACH} s"
-    if stored.get("code_sha256") != fingerprints(page.notebook)["code_sha256"]:
+    if stored.get("code_sha256") != code_fingerprint(page.notebook):
         yield "its code was edited after it was run: run make execute"
 
 
@@ -150,7 +150,7 @@ def glue_matches_the_prose(page: Page) -> Iterator[str]:
             yield f"{{{role.name}}}`{role.text}` shows quotes: use {{glue:text}}"
         elif role.name == "glue:text":
             target, name = _glue_reference(role.text)
-            names = _glued_at(page.path.parent / target) if target else glued
+            names = _glued_at((page.path.parent / target).resolve()) if target else glued
             if name not in names:
                 yield f"{{glue:text}}`{role.text}` names nothing that is glued there"
             used |= {name} if not target else set()
@@ -279,7 +279,7 @@ def test_exists(root: Path, test: str) -> bool:
     file, *names = test.split("::")
     if not (root / file).is_file() or not names[-1].startswith("test_"):
         return False
-    body: list[Any] = ast.parse((root / file).read_text()).body
+    body = _statements((root / file).resolve())
     for name in names:
         found = [node for node in body if getattr(node, "name", None) == name]
         if not found:
@@ -289,6 +289,11 @@ def test_exists(root: Path, test: str) -> bool:
 
 
 test_exists.__test__ = False  # not a test itself, whatever its name
+
+
+@cache
+def _statements(path: Path) -> list[Any]:
+    return ast.parse(path.read_text()).body
 
 
 # ---------------------------------------------------------------- links, citations, words
@@ -410,6 +415,7 @@ def _glued(page: Page) -> list[str]:
     return [entry["scrapbook"]["name"] for entry in metadata if "scrapbook" in entry]
 
 
+@cache
 def _glued_at(path: Path) -> list[str]:
     return _glued(load(path)) if path.suffix == ".ipynb" and path.is_file() else []
 

@@ -521,7 +521,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
     def last_save():
         return path.stat().st_mtime_ns if path.exists() else None
 
-    while len(steps) < 5:
+    while len(steps) < 3:
         before = last_save()
         process = SERVER.Process(target=killed_run, args=(path,))
         process.start()
@@ -534,7 +534,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
             break
         assert process.exitcode == -signal.SIGKILL
         steps.append(load_state(path)["parts"]["run"]["steps"])
-    assert len(steps) >= 3
+    assert len(steps) >= 2
     assert all(0 < a < b for a, b in itertools.pairwise(steps))
     assert steps[-1] < 7 + 400 * 3
     assert_same(run(path, 400), run(None, 400))
