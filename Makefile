@@ -14,7 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # The last digits of a sum depend on the number of threads: one everywhere, and a process for each core.
 export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-# Modules are compiled when they are first imported; most of what the packages hold never is.
+# The lock names all there is to install. Modules are compiled when they are first imported; most of
+# what the packages hold never is.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
 .PHONY: help book serve test unit notebooks site execute lint pages bench lock clean
@@ -43,7 +44,7 @@ $(READY): requirements.lock pyproject.toml
 		echo "This Python cannot make a virtual environment: install its venv module (Debian and Ubuntu: sudo apt-get install python3-venv)"; exit 1; }
 	@echo "Installing the packages of requirements.lock into .venv; the first time this takes a few minutes."
 	@$(PYTHON) -m venv .venv
-	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps -r requirements.lock
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -95,6 +95,7 @@ def test_float32_machines_give_float64_estimates(rng, device, method):
     assert abs(log_z.value - rbm.log_z().value) < Z * log_z.std_error < 0.5
 
 
+@pytest.mark.filterwarnings("ignore:the discretisation error")  # nine draws know it badly
 @METHODS
 def test_draws_that_are_there_serve_as_those_of_a_run(rng, device, method):
     path = wide(device=device, rho=0.5)
@@ -387,6 +388,7 @@ def test_bad_input_gets_a_sentence(rng, method):
         BOTH[method](lambda x: x, SIX, torch.zeros(6, 2, 3, 2))
 
 
+@pytest.mark.filterwarnings("ignore:the discretisation error")
 @METHODS
 def test_all_tensors_follow_the_path(rng, method):
     path, model = wide(), Ising(4, 4, coupling=0.3, dtype=F64, device="cpu")
