@@ -8,6 +8,7 @@ import torch
 from companion.objectives import score_matching, sliced_score_matching
 from companion.objectives.score import _exact_rows, _sliced_rows
 from companion.testing import binary_states
+from tests.minimum import minimise
 
 F64 = torch.float64
 
@@ -53,24 +54,6 @@ def grid():
     axis = torch.linspace(-4.5, 4.5, 91, dtype=F64)
     x = torch.cartesian_prod(axis, axis)
     return x, Wells(*TRUTH).log_prob(x).detach().softmax(0)
-
-
-def minimise(loss, parameters):
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=300,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
 
 
 def correlated_data(rng, n=200):
@@ -137,7 +120,7 @@ def test_the_truth_is_the_minimum_of_the_population_objective():
     assert max(float(g.abs().max()) for g in gradients) < 1e-10
     minimise(lambda: weights @ _exact_rows(model, x), model.parameters())
     for found, exact in zip(model.parameters(), truth.parameters(), strict=True):
-        torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
 def test_data_that_stop_at_a_wall_bias_the_estimate(ledger):
