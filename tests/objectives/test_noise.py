@@ -13,6 +13,7 @@ from companion.models.rbm import RBM
 from companion.objectives import noise_contrastive
 from companion.objectives.noise import _log_odds
 from companion.testing import binary_states
+from tests.minimum import minimise
 from tests.objectives.exact_gradients import DATA, F64, flat_grad, machine
 
 
@@ -24,24 +25,6 @@ class Quadratic:
 
     def log_prob(self, x):
         return self.h[..., None] * x[..., 0] - self.a[..., None] * x[..., 0].square() / 2
-
-
-def minimise(loss, parameters):
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=500,
-        tolerance_grad=1e-10,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
 
 
 def population_loss(model, log_z, noise, states, weights, ratio):
@@ -72,8 +55,8 @@ def test_the_minimum_of_binary_data_is_the_machine_and_its_log_z(ratio, rng, led
         lambda: population_loss(model, log_z, noise, states, weights, ratio),
         [*model.parameters(), log_z],
     )
-    torch.testing.assert_close(model.couplings, truth.couplings, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.b, truth.b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.couplings, truth.couplings, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.b, truth.b, rtol=0, atol=1e-9)
     ledger(
         f"noise-contrastive log Z of four binary units, nu = {ratio}",
         exact=truth.log_z().value,
@@ -109,8 +92,8 @@ def test_the_minimum_of_continuous_data_is_the_density_and_its_log_z(ledger):
     minimise(lambda: population_loss(model, log_z, noise, x, weights, 2), [model.h, model.a, log_z])
     precision = 1 / 0.64
     exact = 0.5 * math.log(2 * math.pi / precision) + 0.25 * precision / 2
-    torch.testing.assert_close(float(model.a.detach()), precision, rtol=0, atol=1e-6)
-    torch.testing.assert_close(float(model.h.detach()), 0.5 * precision, rtol=0, atol=1e-6)
+    torch.testing.assert_close(float(model.a.detach()), precision, rtol=0, atol=1e-9)
+    torch.testing.assert_close(float(model.h.detach()), 0.5 * precision, rtol=0, atol=1e-9)
     ledger(
         "noise-contrastive log Z of a normal law",
         exact=exact,
@@ -130,8 +113,8 @@ def test_a_classifier_without_the_densities_learns_the_ratio_and_not_the_density
 
     minimise(plain, [model.h, model.a, offset])
     logit = (model.log_prob(x) + offset).detach()
-    torch.testing.assert_close(float(-model.a.detach() / 2), -0.375, rtol=0, atol=1e-6)
-    torch.testing.assert_close(float(offset.detach()), math.log(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(float(-model.a.detach() / 2), -0.375, rtol=0, atol=1e-9)
+    torch.testing.assert_close(float(offset.detach()), math.log(2), rtol=0, atol=1e-9)
     mass = logit.exp().sum() * 0.01
     ledger(
         "integral of a plain classifier's exp(logit)",

@@ -30,11 +30,11 @@ F64 = torch.float64
 CHAINS = 128
 # Two short chains make as many evaluations as a long one, in half of the time.
 MANY_CHAINS = 256  # for the methods that move at one beta after the other
+REPLICATES = 64  # of sequential Monte Carlo, whose estimates of Z need many particles each
 ONE_BY_ONE = ["simulated tempering", "tempered transitions"]
 METHODS = ["parallel tempering", *ONE_BY_ONE, "smc"]
 # Of at most 17 comparisons, with the spread of 64 replicates or more (Student's law with at
 # least 63 degrees of freedom): a false-alarm rate below 1e-5.
-REPLICATES = 64  # of sequential Monte Carlo, whose estimates of Z need many particles each
 T_LIMIT = 5.9
 
 
