@@ -12,6 +12,7 @@ The input checks that all modules share are in `companion.inputs`.
 
 from companion.core.contracts import (
     AnnealingPath,
+    BlockKernel,
     Info,
     Kernel,
     LogProb,
@@ -24,6 +25,7 @@ from companion.core.trace import Trace, sample
 
 __all__ = [
     "AnnealingPath",
+    "BlockKernel",
     "Info",
     "Kernel",
     "LogProb",

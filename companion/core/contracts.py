@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "AnnealingPath",
+    "BlockKernel",
     "Info",
     "Kernel",
     "LogProb",
@@ -148,6 +149,27 @@ class Kernel(NamedTuple):
 
     init: Callable[[Tensor], Any]
     step: Callable[..., tuple[Any, Any]]
+
+
+class BlockKernel(Kernel):
+    """A kernel that can also make several steps in one call, `steps(state, n, generator=g)`.
+
+    It gives a list of n pairs `(state, info)`, those of n calls of `step`, and leaves the generator
+    where they would. `sample` uses it: with few chains a call of a compiled function takes longer
+    than what it computes. A copy with another step (`_replace`) has no `steps`.
+    """
+
+    steps: Callable[..., list[tuple[Any, Any]]]
+
+    def __new__(
+        cls,
+        init: Callable[[Tensor], Any],
+        step: Callable[..., tuple[Any, Any]],
+        steps: Callable[..., list[tuple[Any, Any]]],
+    ) -> BlockKernel:
+        kernel = super().__new__(cls, init, step)
+        kernel.steps = steps
+        return kernel
 
 
 # ---------------------------------------------------------------- annealing paths

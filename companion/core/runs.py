@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,32 @@ from torch import Tensor
 from companion.core.contracts import Kernel
 from companion.storage import Checkpoint, digest, layout, load_state, save_state
 
-__all__ = ["PROBABILITY_UNITS", "Run", "open_checkpoint"]
+__all__ = ["PROBABILITY_UNITS", "Run", "moves", "open_checkpoint"]
 
 PROBABILITY_UNITS = 2**32
 _COUNTED = ("accept_prob", "is_nan", "is_divergent")
 _NOT_KEPT = ("x", "log_prob", "accept_prob", "accepted", "is_nan")  # of an info, draw by draw
 _BLOCK_STEPS, _BLOCK_BYTES = 64, 2**20
+_STEPS_A_CALL = 16  # of a kernel that makes several: then a call costs little beside its work
+
+
+def moves(
+    kernel: Kernel, state: Any, steps: range, every: int, generator: torch.Generator | None
+) -> Iterator[tuple[Any, Any]]:
+    """State and info of every step, several in one call where the kernel can.
+
+    A call ends at multiples of `every` at the latest, where the generator is saved.
+    """
+    several = getattr(kernel, "steps", None)
+    while steps:
+        room = min(len(steps), every - steps.start % every)
+        if several is not None and room >= _STEPS_A_CALL:
+            made = several(state, _STEPS_A_CALL, generator=generator)
+        else:
+            made = [kernel.step(state, generator=generator)]
+        yield from made
+        state, _ = made[-1]
+        steps = steps[len(made) :]
 
 
 class Run:
@@ -65,7 +86,7 @@ class Run:
         for name, total in self.counts.items() if infos else ():
             values = torch.stack([getattr(info, name) for info in infos])
             if name == "accept_prob":
-                values = (values.double() * PROBABILITY_UNITS).round().long()
+                values = values.double().mul_(PROBABILITY_UNITS).round_().long()
             total += values.sum(0)
         if kept and not self.draws:
             self._allocate(*kept[0])

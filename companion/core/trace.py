@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from companion.core.contracts import Kernel
-from companion.core.runs import PROBABILITY_UNITS, Run, open_checkpoint
+from companion.core.runs import PROBABILITY_UNITS, Run, moves, open_checkpoint
 from companion.inputs import check_count, check_finite, check_generator
 
 __all__ = ["Trace", "sample"]
@@ -149,10 +149,10 @@ def sample(
         saved = open_checkpoint(path, run, kernel, x0, generator, settings)
         saved.resume()
 
-    state = run.state
-    with tqdm(total=num_steps, initial=run.steps, disable=not progress) as bar:
-        for step in range(run.steps + 1, num_steps + 1):
-            state, info = kernel.step(state, generator=generator)
+    first, every = run.steps, save_every if saved else num_steps
+    with tqdm(total=num_steps, initial=first, disable=not progress) as bar:
+        walk = moves(kernel, run.state, range(first, num_steps), every, generator)
+        for step, (state, info) in enumerate(walk, first + 1):
             if step > warmup:
                 draw, remainder = divmod(step - warmup, thin)
                 run.add(state, info, keep=remainder == 0)

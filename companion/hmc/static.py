@@ -20,10 +20,9 @@ from companion.mcmc.base import (
     GradientState,
     MoveNoise,
     check_step_size,
-    compile_step,
     init_gradient,
     metropolis_accept,
-    move_noise,
+    move_kernel,
     per_chain,
     select,
 )
@@ -89,8 +88,9 @@ def hmc(
         num_steps: leapfrog steps a trajectory, at least 1.
         mass: M, the covariance of the momentum (not its standard deviation): None for the identity,
             a tensor of the event's shape for a diagonal, or `(d, d)` for events of shape `(d,)`.
-        compile: compile the pure step, the whole trajectory included, with `torch.compile`. That
-            takes seconds at the first step, and saves the more the fewer the chains are.
+        compile: compile the pure step, the whole trajectory included, and blocks of steps for
+            `sample`, with `torch.compile`. That takes some two seconds a leapfrog step at first,
+            and saves the more the fewer the chains are: one chain is five times as fast.
 
     Returns:
         A `Kernel` with a `GradientState` and an `HmcInfo`.
@@ -118,18 +118,10 @@ def hmc(
     def pure(mass: Mass, state: GradientState, noise: MoveNoise) -> tuple[GradientState, HmcInfo]:
         return hmc_step(log_prob, step_size, num_steps, mass, state, noise)
 
-    run = compile_step(pure, compile)
-
     def init(x: Tensor) -> GradientState:
         state = init_gradient(log_prob, x)
         mass_of(state)
         per_chain(step_size, state)
         return state
 
-    @torch.no_grad()
-    def step(
-        state: GradientState, *, generator: torch.Generator | None = None
-    ) -> tuple[GradientState, HmcInfo]:
-        return run(mass_of(state), state, move_noise(state, generator))
-
-    return Kernel(init, step)
+    return move_kernel(init, pure, mass_of, compile)

@@ -20,10 +20,9 @@ from companion.mcmc.base import (
     MoveInfo,
     MoveNoise,
     check_step_size,
-    compile_step,
     init_gradient,
     metropolis_accept,
-    move_noise,
+    move_kernel,
     per_chain,
     select,
 )
@@ -83,23 +82,15 @@ def ula(log_prob: LogProb, step_size: Tensor | float, *, compile: bool = False) 
     """
     step_size = check_step_size("step_size", step_size)
 
-    def pure(state: GradientState, noise: MoveNoise) -> tuple[GradientState, MoveInfo]:
+    def pure(_: None, state: GradientState, noise: MoveNoise) -> tuple[GradientState, MoveInfo]:
         return ula_step(log_prob, step_size, state, noise)
-
-    pure = compile_step(pure, compile)
 
     def init(x: Tensor) -> GradientState:
         state = init_gradient(log_prob, x)
         per_chain(step_size, state)
         return state
 
-    @torch.no_grad()
-    def step(
-        state: GradientState, *, generator: torch.Generator | None = None
-    ) -> tuple[GradientState, MoveInfo]:
-        return pure(state, move_noise(state, generator))
-
-    return Kernel(init, step)
+    return move_kernel(init, pure, lambda state: None, compile)
 
 
 # ---------------------------------------------------------------- adjusted
@@ -174,17 +165,9 @@ def mala(
     def pure(mass: Mass, state: GradientState, noise: MoveNoise) -> tuple[GradientState, MoveInfo]:
         return mala_step(log_prob, step_size, mass, state, noise)
 
-    pure = compile_step(pure, compile)
-
     def init(x: Tensor) -> GradientState:
         state = init_gradient(log_prob, x)
         mass_of(state), per_chain(step_size, state)  # speak up before the first step
         return state
 
-    @torch.no_grad()
-    def step(
-        state: GradientState, *, generator: torch.Generator | None = None
-    ) -> tuple[GradientState, MoveInfo]:
-        return pure(mass_of(state), state, move_noise(state, generator))
-
-    return Kernel(init, step)
+    return move_kernel(init, pure, mass_of, compile)

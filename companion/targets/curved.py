@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from companion.inputs import check_count, check_real
 from companion.targets.base import HALF_LOG_2PI, Target, check_parameters
@@ -49,12 +50,12 @@ class SkewedProduct(Target):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p~(x)`, `(..., d) -> (...)`."""
-        s = self._check(x) @ self._inverse.T
+        s = linear(self._check(x), self._inverse)
         return -(s + (-s).exp()).sum(-1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log p~(x)`, `(...)`, and its gradient `A^-T (exp(-s) - 1)`, `(..., d)`."""
-        s = self._check(x) @ self._inverse.T
+        s = linear(self._check(x), self._inverse)
         fall = (-s).exp()
         return -(s + fall).sum(-1), (fall - 1.0) @ self._inverse
 

@@ -34,7 +34,7 @@ class Gaussian(Target):
         self.mean, self.covariance = mean, covariance
         factor = cholesky("covariance", covariance, len(mean))
         self._factor = factor.to(mean)
-        self._precision = torch.cholesky_inverse(factor).to(mean)
+        self._precision = torch.cholesky_inverse(factor).to(mean).contiguous()
         self.log_z = float(_gaussian_log_z(factor))
 
     def log_prob(self, x: Tensor) -> Tensor:

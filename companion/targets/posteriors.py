@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
 from companion.inputs import check_real
 from companion.targets.base import HALF_LOG_2PI, Target, check_parameters
@@ -70,13 +70,13 @@ class LogisticRegression(Target):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p~(x)`, `(..., d) -> (...)`."""
-        margin = self._check(x) @ self._signed.T  # negative where the label is missed
+        margin = linear(self._check(x), self._signed)  # negative where the label is missed
         prior = self._constant - 0.5 * (x / self.prior_scale).square().sum(-1)
         return prior + logsigmoid(margin).sum(-1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log p~(x)`, `(...)`, and its gradient, `(..., d)`: one matrix product each way."""
-        margin = self._check(x) @ self._signed.T
+        margin = linear(self._check(x), self._signed)
         pull = -x / self.prior_scale**2
         value = self._constant + 0.5 * (pull * x).sum(-1) + logsigmoid(margin).sum(-1)
         return value, pull + torch.sigmoid(-margin) @ self._signed

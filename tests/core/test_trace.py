@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from companion.core import Kernel, LogZ, Trace, sample
+from companion.core import BlockKernel, Kernel, LogZ, Trace, sample
 from companion.storage import load_state, save_state
 
 SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported these:
@@ -433,6 +433,44 @@ def test_a_finished_run_returns_at_once_and_more_draws_prolong_it(tmp_path):
     assert_same(run(tmp_path / "a", 40), run(None, 40))
     with pytest.raises(ValueError, match="at step 127, beyond the 97 steps asked for"):
         run(tmp_path / "a", 30)
+
+
+def in_blocks(kernel, record):
+    """The kernel, with several steps in one call; a call that is made is recorded."""
+
+    def steps(state, n, *, generator=None):
+        record.append(n)
+        made = [(state, None)]
+        for _ in range(n):
+            made.append(kernel.step(made[-1][0], generator=generator))
+        return made[1:]
+
+    return BlockKernel(kernel.init, kernel.step, steps)
+
+
+@nan_expected
+@pytest.mark.parametrize("save_every", [1, 10, 20, 33, 1000])
+def test_steps_made_several_in_one_call_are_the_steps_made_one_by_one(tmp_path, save_every):
+    plain, record = run(save_every=save_every), []
+    kernel = in_blocks(walk(), record)
+    assert_same(run(kernel=kernel), plain)
+    assert record == [16] * 7  # of 7 + 40 * 3 steps, and the rest one by one
+    record.clear()
+    with pytest.raises(Stop):
+        run(tmp_path / "a", kernel=kernel, callback=stop_after(25), save_every=save_every)
+    assert_same(run(tmp_path / "a", kernel=kernel, save_every=save_every), plain)
+    assert (len(record) > 0) == (save_every > 16)  # no call goes beyond a save
+    assert_same(run(tmp_path / "a", kernel=walk(), save_every=save_every), plain)
+
+
+def test_a_copy_of_a_kernel_with_another_step_makes_no_blocks():
+    kernel = in_blocks(counting(0), record := [])
+    init, step = kernel
+    other = kernel._replace(step=lambda state, *, generator=None: step(step(state)[0]))
+    assert sample(other, torch.zeros(2), 40).x[0].tolist() == list(range(2, 82, 2))
+    assert record == []
+    assert sample(kernel, torch.zeros(2), 40).x[0].tolist() == list(range(1, 41))
+    assert record == [16, 16]
 
 
 @nan_expected

@@ -268,8 +268,8 @@ def test_compiled_and_eager_steps_agree(rng, gradient):
     x = target.sample(20, generator=rng(0))
     mass = torch.tensor([1.5, 4.0, 0.3], **F64)
     traces = [
-        sample(hmc(log_prob, 0.4, 3, mass, compile=compile), x, 5, generator=rng(1))
-        for compile in (False, True)
+        sample(hmc(log_prob, 0.4, 3, mass, compile=compile), x, 18, generator=rng(1))
+        for compile in (False, True)  # sixteen steps in one call, and two
     ]
     torch.testing.assert_close(traces[0].x, traces[1].x)
 

@@ -412,13 +412,56 @@ def test_the_global_generator_is_left_alone(rng):
     torch.set_rng_state(before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it loads its compiler
-def test_compiled_and_eager_steps_agree(rng):
-    law, covariance = target("skewed"), torch.tensor([[1.0, -0.5], [-0.5, 2.0]]).double()
+COVARIANCE = torch.tensor([[1.0, -0.5], [-0.5, 2.0]], dtype=torch.float64)
+compiler = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it loads it
+
+
+@compiler
+def test_compiled_steps_one_by_one_and_in_blocks_are_those_of_the_eager_kernel(rng):
+    law = target("skewed")
     x0 = law.sample(50, generator=rng(0))
-    one, two = (
-        sample(random_walk(law, 0.8, covariance=covariance, compile=c), x0, 5, generator=rng(1))
-        for c in (False, True)
+    eager, compiled = (
+        random_walk(law, 0.8, covariance=COVARIANCE, compile=compile) for compile in (False, True)
     )
+    one = sample(eager, x0, 20, generator=(g := rng(1)))
+    two = sample(compiled, x0, 20, generator=(h := rng(1)))  # sixteen in one call, and four
+    assert torch.equal(g.get_state(), h.get_state())
     torch.testing.assert_close(one.x, two.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.log_prob, two.log_prob, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.accept_prob, two.accept_prob, rtol=1e-8, atol=1e-8)
+    state, g = compiled.init(x0), rng(1)
+    for i in range(18):  # bit for bit: a run that is resumed may cut its blocks elsewhere
+        state, _ = compiled.step(state, generator=g)
+        assert torch.equal(state.x, two.x[:, i])
+
+
+@compiler
+def test_a_density_that_cannot_be_compiled_in_blocks_is_sampled_step_by_step(rng):
+    def log_prob(x):
+        torch._dynamo.graph_break()
+        return -0.5 * x.square().sum(-1)
+
+    x0 = torch.randn(5, 2, generator=rng(0), dtype=torch.float64)
+    one, two = (
+        sample(random_walk(log_prob, 0.8, compile=compile), x0, 20, generator=rng(1))
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(one.x, two.x, rtol=1e-12, atol=1e-12)
+
+
+@compiler
+def test_every_kernel_keeps_its_own_compiled_code(rng):
+    """By default all share eight places, here one, and those that come later run uncompiled."""
+    calls = []
+
+    def log_prob(x):
+        if not torch.compiler.is_compiling():
+            calls.append(x)
+        return -0.5 * x.square().sum(-1)
+
+    state = random_walk(log_prob, 1.0).init(torch.zeros(3, 1))
+    calls.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for i in range(2):
+            random_walk(log_prob, 0.5 + i, compile=True).step(state, generator=rng(i))
+    assert calls == []
