@@ -60,7 +60,11 @@ def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_gradients(
-    value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    value: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor] | Callable[..., Sequence[Tensor]],
+    *,
+    saved: Sequence[Tensor] = (),
 ) -> Tensor:
     """A scalar whose `backward()` hands known gradients to the parameters.
 
@@ -70,7 +74,11 @@ def with_gradients(
     Args:
         value: the number that the loss shows, a scalar.
         parameters: tensors that the gradients belong to.
-        gradients: one for each parameter, of its shape.
+        gradients: one for each parameter, of its shape; or a function `gradients(scale, *saved)`
+            that `backward` calls for them, times the scalar `scale`. Where they are products, to
+            scale a factor spares a pass over the largest matrix.
+        saved: the tensors that such a function needs. `backward` notices if they were changed in
+            place since.
 
     Returns:
         The value, as a loss. It can be added to other losses and scaled.
@@ -84,26 +92,35 @@ def with_gradients(
     >>> w.grad
     tensor([ 0.5000, -1.0000])
     """
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient.shape != parameter.shape:
-            raise ValueError(
-                f"a gradient of shape {tuple(gradient.shape)} was given for a parameter of shape "
-                f"{tuple(parameter.shape)}"
-            )
-    loss = _KnownGradients.apply(value, *gradients, *parameters)  # type: ignore[no-untyped-call]
+    if callable(gradients):
+        make = gradients
+    else:
+        make, saved = _scaled, gradients
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient.shape != parameter.shape:
+                raise ValueError(
+                    f"a gradient of shape {tuple(gradient.shape)} was given for a parameter of "
+                    f"shape {tuple(parameter.shape)}"
+                )
+    loss = _KnownGradients.apply(value, make, len(saved), *saved, *parameters)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)
+
+
+def _scaled(scale: Tensor, *gradients: Tensor) -> list[Tensor]:
+    return [scale.to(g) * g for g in gradients]
 
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *given: Tensor) -> Tensor:
-        ctx.gradients = given[: len(given) // 2]
+    def forward(ctx: Any, value: Tensor, make: Any, num_saved: int, *tensors: Tensor) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(*tensors[:num_saved])
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        known = [grad.to(g) * g for g in ctx.gradients]
-        return (None, *[None] * len(known), *known)
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return (None, None, None, *[None] * len(saved), *ctx.make(scale, *saved))
 
 
 # ---------------------------------------------------------------- kernels

@@ -297,7 +297,11 @@ def compile_step(step: F, compile: bool) -> F:
     Each kernel keeps its own compiled code. By default all that come from one line of source share
     a store, which takes eight and then falls back to slow steps.
     """
-    return torch.compile(step, dynamic=False, isolate_recompiles=True) if compile else step
+    if not compile:
+        return step
+    # The overloads of PyTorch 2.13 do not know the last option.
+    own: F = torch.compile(step, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+    return own
 
 
 def move_kernel(

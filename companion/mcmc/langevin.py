@@ -11,7 +11,6 @@ rejecting. It is Hamiltonian Monte Carlo with one leapfrog step of size e, draw 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from companion.core import Kernel, LogProb, value_and_grad

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from companion.core import AnnealingPath, value_and_grad
+from companion.core import AnnealingPath, value_and_grad, with_gradients
 
 # ---------------------------------------------------------------- value_and_grad
 
@@ -64,6 +64,53 @@ def test_a_density_with_its_own_gradient_is_used_as_it_is():
     assert grad.tolist() == [[3.0, 3.0]] * 5
     assert not value.requires_grad
     assert not grad.requires_grad
+
+
+# ---------------------------------------------------------------- known gradients
+
+
+def outer(scale, x, y):
+    return [torch.outer(scale * x, y)]
+
+
+@pytest.mark.parametrize("known", ["tensors", "a function"])
+def test_known_gradients_scale_and_add_up(device, known):
+    w = torch.zeros(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    x, y = torch.arange(2.0).to(w) + 1, torch.arange(3.0).to(w) - 1
+    one = w.new_tensor(5.0)
+    if known == "tensors":
+        loss = with_gradients(one, [w], [torch.outer(x, y)])
+    else:
+        loss = with_gradients(one, [w], outer, saved=(x, y))
+    assert loss.item() == 5.0
+    (3.0 * loss + w.sum()).backward(retain_graph=True)
+    torch.testing.assert_close(w.grad, 3.0 * torch.outer(x, y) + 1.0)
+    loss.backward()
+    torch.testing.assert_close(w.grad, 4.0 * torch.outer(x, y) + 1.0)
+
+
+@pytest.mark.parametrize("known", ["tensors", "a function"])
+def test_known_gradients_notice_what_was_changed_in_place(known):
+    w, x = torch.zeros(2, 2, requires_grad=True), torch.ones(2)
+    given = torch.outer(x, x)
+    loss = (
+        with_gradients(torch.ones(()), [w], [given])
+        if known == "tensors"
+        else with_gradients(torch.ones(()), [w], outer, saved=(x, x))
+    )
+    given.mul_(2.0), x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_known_gradients_of_another_shape_or_number_are_refused():
+    w = torch.zeros(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"shape \(3,\) was given for a parameter of shape \(2,\)"):
+        with_gradients(torch.ones(()), [w], [torch.ones(3)])
+    with pytest.raises(ValueError, match="shorter"):
+        with_gradients(torch.ones(()), [w], [])
+    with pytest.raises(RuntimeError, match="number of gradients"):
+        with_gradients(torch.ones(()), [w], lambda scale: []).backward()
 
 
 # ---------------------------------------------------------------- AnnealingPath

@@ -465,7 +465,7 @@ def test_steps_made_several_in_one_call_are_the_steps_made_one_by_one(tmp_path, 
 
 def test_a_copy_of_a_kernel_with_another_step_makes_no_blocks():
     kernel = in_blocks(counting(0), record := [])
-    init, step = kernel
+    _, step = kernel
     other = kernel._replace(step=lambda state, *, generator=None: step(step(state)[0]))
     assert sample(other, torch.zeros(2), 40).x[0].tolist() == list(range(2, 82, 2))
     assert record == []

@@ -163,6 +163,16 @@ def test_the_fused_step_goes_on_from_the_hidden_units_it_returned(batch_shape, r
     assert not after.requires_grad and not probs.requires_grad
 
 
+def test_the_fused_step_notices_particles_that_were_changed_before_backward(rng):
+    rbm = randomize(RBM(6, 4, dtype=F64), rng)
+    v = torch.randint(2, (8, 6), generator=rng(1)).double()
+    for changed in range(2):
+        loss, x, _ = rbm.contrastive_step(v, generator=rng(2))
+        (x, v)[changed].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_sixteen_bit_products_change_the_gradient_by_rounding_only(rng):
     """Under autocast the products are in bfloat16; noise and parameters stay in float32."""
     rbm = randomize(RBM(60, 40), rng)

@@ -48,16 +48,21 @@ def contrastive_step(
         if step == num_steps - 1:
             value = value + (dot(x, b) + softplus(probs).sum(-1)).mean(-1)
         probs.sigmoid_()
-    g_weights = _mean_products(x, probs, v, data_probs)
-    g_b, g_c = _mean(x) - _mean(v), _mean(probs) - _mean(data_probs)
-    # leading dimensions beyond the batch of machines are summed over
-    shaped = (g.sum_to_size(p.shape) for g, p in ((g_weights, weights), (g_b, b), (g_c, c)))
-    gradients = rbm._gradients(*(g.to(weights.dtype) for g in shaped))
-    parameters = dict(rbm.named_parameters())
-    loss = with_gradients(
-        value.sum(), list(parameters.values()), [gradients[name] for name in parameters]
-    )
-    return loss, x, probs
+    names, parameters = zip(*rbm.named_parameters(), strict=True)
+
+    def gradients(
+        scale: Tensor, x: Tensor, probs: Tensor, v: Tensor, data_probs: Tensor
+    ) -> list[Tensor]:
+        probs, data_probs = scale * probs, scale * data_probs
+        g_weights = _mean_products(x, probs, v, data_probs)
+        g_b, g_c = scale * (_mean(x) - _mean(v)), _mean(probs) - _mean(data_probs)
+        # leading dimensions beyond the batch of machines are summed over
+        shaped = (g.sum_to_size(p.shape) for g, p in ((g_weights, weights), (g_b, b), (g_c, c)))
+        named = rbm._gradients(*(g.to(weights.dtype) for g in shaped))
+        return [named[name] for name in names]
+
+    saved = (x, probs, v, data_probs)
+    return with_gradients(value.sum(), parameters, gradients, saved=saved), x, probs
 
 
 def _mean_products(x: Tensor, x_probs: Tensor, v: Tensor, v_probs: Tensor) -> Tensor:
