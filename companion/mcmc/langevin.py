@@ -73,6 +73,7 @@ def ula(log_prob: LogProb, step_size: Tensor | float, *, compile: bool = False) 
     Reference: Roberts and Tweedie (1996), *Exponential convergence of Langevin distributions and
     their discrete approximations*.
 
+    >>> import torch
     >>> from companion.core import sample
     >>> g = torch.Generator().manual_seed(0)
     >>> kernel = ula(lambda x: -0.5 * x.square(), 1.0)            # N(0, 1)
@@ -152,6 +153,7 @@ def mala(
     Reference: Roberts and Tweedie (1996), as above; Roberts and Rosenthal (1998), *Optimal scaling
     of discrete approximations to Langevin diffusions*.
 
+    >>> import torch
     >>> from companion.core import sample
     >>> g = torch.Generator().manual_seed(0)
     >>> kernel = mala(lambda x: -0.5 * x.square(), 1.0)           # N(0, 1)
