@@ -5,6 +5,7 @@ Everything is an identity on enumerable machines, held against another way to co
 accompanied by a plausible mistake that it rejects.
 """
 
+import copy
 import math
 
 import pytest
@@ -241,14 +242,29 @@ def test_the_hessian_with_hidden_units_is_a_difference_of_covariances(rng):
     torch.testing.assert_close(maximum_likelihood(rbm, v[rows]), -log_likelihood(eta))
 
 
-def test_halfway_between_a_machine_and_its_flipped_twin_the_likelihood_is_lower(rng):
-    data = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=F64)
-    machines = RBM(3, 1, batch_shape=(3,), dtype=F64)
-    with torch.no_grad():  # a machine, its twin, and the middle
-        machines.W.copy_(torch.tensor([6.0, -6.0, 0.0], dtype=F64)[:, None, None].expand(-1, 3, 1))
-        machines.b.copy_(torch.tensor([-3.0, 3.0, 0.0], dtype=F64)[:, None].expand(-1, 3))
-        machines.c.copy_(torch.tensor([-9.0, 9.0, 0.0], dtype=F64)[:, None])
-        at = machines.log_prob(data).mean(-1) - machines.log_z().value
-    assert at[0] == pytest.approx(at[1].item(), abs=1e-8)
-    assert at[0] > -math.log(2) - 0.2
-    assert at[2].item() == pytest.approx(-3 * math.log(2), abs=1e-12)
+@pytest.mark.parametrize("num_hidden", [1, 3])
+def test_halfway_between_a_machine_and_its_flipped_twin_the_likelihood_is_lower(rng, num_hidden):
+    data = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    machine = RBM(3, num_hidden, generator=rng(2), dtype=F64)
+    with torch.no_grad():  # the first unit joins the pixels, the others do little
+        machine.W[:, 0], machine.c[0], machine.b[:] = 6.0, -9.0, -3.0
+    twin, middle = copy.deepcopy(machine), RBM(3, num_hidden, dtype=F64)
+    with torch.no_grad():
+        twin.W.neg_()
+        twin.c.neg_()
+        twin.b += machine.W.sum(1)
+        for half, one, other in zip(
+            *(m.parameters() for m in (middle, machine, twin)), strict=True
+        ):
+            half.copy_((one + other) / 2)
+        at, of_twin, halfway = (-maximum_likelihood(m, data) for m in (machine, twin, middle))
+    assert of_twin.item() == pytest.approx(at.item(), abs=1e-12)
+    assert at > -math.log(2) - 0.2
+    assert middle.W.abs().max() == middle.c.abs().max() == 0  # so its units are independent
+    assert halfway <= independent(data) + 1e-12
+
+
+def independent(data: Tensor) -> float:
+    """The mean log-likelihood of the best law of independent units, here of fair coins."""
+    share = data.double().mean(0)
+    return float((torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)).sum())

@@ -161,6 +161,20 @@ def test_hand_written_gradient_agrees_with_autograd(rng, name):
     assert torch.equal(used, value)
 
 
+@pytest.mark.parametrize("dim", [1, 16, 17])  # the product is taken in two ways
+def test_a_normal_density_is_the_same_in_every_dimension_and_shape(rng, dim):
+    g = rng(0)
+    factor = torch.randn(dim, dim, dtype=torch.float64, generator=g)
+    mean = torch.randn(dim, dtype=torch.float64, generator=g)
+    covariance = factor @ factor.T + torch.eye(dim, dtype=torch.float64)
+    target = Gaussian(mean, covariance)
+    x = torch.randn(2, 3, dim, dtype=torch.float64, generator=g)
+    exact = MultivariateNormal(mean, covariance).log_prob(x) + target.log_z
+    for at, value in ((x, exact), (x[0], exact[0]), (x[0, 0], exact[0, 0])):
+        torch.testing.assert_close(target.log_prob(at), value)
+        torch.testing.assert_close(target.value_and_grad(at)[0], value)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_agrees_with_float64(rng, device, name):
     x = torch.randn(100, 3, dtype=torch.float64, generator=rng(2))

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.annealing.walks import Walk, base_log_z, trial, warn_if_collapsed
+from companion.annealing.walks import Walk, base_log_z, trial, warn_if_few_count
 from companion.core import AnnealingPath, LogZ
 from companion.importance import log_mean_weight
 from companion.inputs import check_count, check_finite, check_generator
 from companion.storage import Checkpoint, digest
-from companion.tempering.paths import advance, check_path, gain, profile
+from companion.tempering.routes import advance, check_path, gain, profile
 from companion.tempering.schedules import check_betas
 
 __all__ = ["Sandwich", "ais", "bidirectional", "reverse_ais"]
@@ -119,7 +119,7 @@ def ais(
 
     log_weights = walk.run(schedule.tolist(), move, progress, saved, save_every)
     log_z = log_mean_weight(log_weights + base_log_z(path, log_weights))
-    warn_if_collapsed(log_z, 1, stacklevel=4)
+    warn_if_few_count(log_z, 1, stacklevel=4)
     return log_z
 
 
@@ -204,7 +204,7 @@ def reverse_ais(
     log_inverse = log_inverse - base_log_z(path, log_inverse)
     inverse = log_mean_weight(log_inverse)
     log_z = LogZ(-inverse.value, inverse.std_error, -log_inverse, inverse.ess)
-    warn_if_collapsed(log_z, -1, stacklevel=4)
+    warn_if_few_count(log_z, -1, stacklevel=4)
     return log_z
 
 

@@ -13,7 +13,7 @@ from companion.core import AnnealingPath
 from companion.importance import resample
 from companion.importance.weights import Scheme
 from companion.inputs import check_generator
-from companion.tempering.paths import gain, profile
+from companion.tempering.routes import gain, profile
 
 __all__ = ["Profile", "Stage", "conditional_ess_beta", "stages"]
 

@@ -32,7 +32,7 @@ from companion.inputs import check_count, check_generator, check_real
 from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate
 from companion.monte_carlo.estimates import evaluate
-from companion.tempering.paths import check_path
+from companion.tempering.routes import check_path
 from companion.tempering.schedules import check_betas
 
 __all__ = ["SMCResult", "adaptive_schedule", "smc"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from companion.core import AnnealingPath, LogZ
 from companion.storage import Checkpoint
 
-__all__ = ["Walk", "base_log_z", "trial", "warn_if_collapsed"]
+__all__ = ["Walk", "base_log_z", "trial", "warn_if_few_count"]
 
 _LARGEST_ERROR = 0.3  # of log Z: the effective sample size is then about ten
 
@@ -76,7 +76,7 @@ def trial(path: AnnealingPath, device: torch.device) -> str:
     return f"{tuple(x.shape[1:])} of {x.dtype}, {told}"
 
 
-def warn_if_collapsed(log_z: LogZ, sign: int, *, stacklevel: int) -> None:
+def warn_if_few_count(log_z: LogZ, sign: int, *, stacklevel: int) -> None:
     """Warn if too few chains count: as the weights have it, or as their spread makes it likely.
 
     Where the largest weights have not been met, the effective sample size is too large. If it is

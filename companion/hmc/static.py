@@ -89,8 +89,8 @@ def hmc(
         mass: M, the covariance of the momentum (not its standard deviation): None for the identity,
             a tensor of the event's shape for a diagonal, or `(d, d)` for events of shape `(d,)`.
         compile: compile the pure step, the whole trajectory included, and blocks of steps for
-            `sample`, with `torch.compile`. That takes some two seconds a leapfrog step at first,
-            and saves the more the fewer the chains are: one chain is five times as fast.
+            `sample`, with `torch.compile`. That takes some three seconds a leapfrog step at first,
+            and saves the more the fewer the chains are: one chain is four to six times as fast.
 
     Returns:
         A `Kernel` with a `GradientState` and an `HmcInfo`.

@@ -12,7 +12,7 @@ from companion.core import AnnealingPath
 from companion.inputs import check_count
 from companion.tempering import check_betas, parallel_tempering, profile
 from companion.tempering.parallel import move
-from companion.tempering.paths import check_path, start
+from companion.tempering.routes import check_path, start
 
 __all__ = ["collect", "sample_ladder"]
 

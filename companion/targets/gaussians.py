@@ -40,7 +40,11 @@ class Gaussian(Target):
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p~(x)`, `(..., d) -> (...)`."""
         centred = self._check(x) - self.mean
-        return -0.5 * (centred @ self._precision * centred).sum(-1)
+        if centred.ndim > 1 and centred.shape[-1] <= _NARROW:
+            pull = (self._precision @ centred.mT).mT
+        else:
+            pull = centred @ self._precision
+        return -0.5 * (pull * centred).sum(-1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log p~(x)`, `(...)`, and its gradient `-Sigma^-1 (x - mu)`, `(..., d)`."""
@@ -131,6 +135,10 @@ class GaussianMixture(Target):
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.means[label] + (self._factors[label] @ noise[:, :, None])[:, :, 0]
 
+
+_NARROW = 16
+"""Up to this many dimensions a product with many points is two to four times as fast if the points
+are its columns; beyond, what is gained there is lost in reading them across."""
 
 _NEGLIGIBLE = -80.0
 """A logarithm below which a part of a sum of order 1 is lost to rounding. `exp` takes up to ten

@@ -14,7 +14,8 @@ is how they come back to beta = 1 without error.
 from companion.tempering.cooling import Annealed, simulated_annealing
 from companion.tempering.ladder import Ladder, tune_ladder
 from companion.tempering.parallel import ParallelTempering, parallel_tempering, swap_step
-from companion.tempering.paths import GeometricPath, advance, likelihood_path, profile, reverse_step
+from companion.tempering.paths import GeometricPath, likelihood_path
+from companion.tempering.routes import advance, profile, reverse_step
 from companion.tempering.schedules import (
     check_betas,
     geometric_schedule,

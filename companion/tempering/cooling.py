@@ -16,7 +16,7 @@ from torch import Tensor
 from companion.core import AnnealingPath
 from companion.inputs import check_count
 from companion.mcmc.base import expand
-from companion.tempering.paths import start
+from companion.tempering.routes import start
 from companion.tempering.schedules import check_betas
 
 __all__ = ["Annealed", "simulated_annealing"]

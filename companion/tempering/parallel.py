@@ -33,7 +33,7 @@ from torch import Tensor
 from companion.core import AnnealingPath, LogZ, Trace
 from companion.inputs import check_count
 from companion.mcmc.base import MoveInfo, expand, metropolis_accept
-from companion.tempering.paths import profile, start
+from companion.tempering.routes import profile, start
 from companion.tempering.schedules import check_betas
 
 __all__ = ["ParallelTempering", "move", "parallel_tempering", "stones", "swap_step", "to_next"]

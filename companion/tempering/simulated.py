@@ -21,7 +21,7 @@ from companion.core import AnnealingPath, LogZ, Trace
 from companion.inputs import check_count, check_finite
 from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate
-from companion.tempering.paths import advance, profile, start
+from companion.tempering.routes import advance, profile, start
 from companion.tempering.schedules import check_betas
 
 __all__ = ["SimulatedTempering", "level_step", "simulated_tempering"]

@@ -25,7 +25,7 @@ from companion.mcmc.base import (
     select,
     uniform_noise,
 )
-from companion.tempering.paths import check_path, gain, profile, reverse_step
+from companion.tempering.routes import check_path, gain, profile, reverse_step
 from companion.tempering.schedules import check_betas
 
 __all__ = ["tempered_transitions"]
