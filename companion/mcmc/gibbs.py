@@ -1,8 +1,8 @@
 """Gibbs sampling: redraw one block of variables at a time, given all the others.
 
-Each such draw leaves the target invariant, so any order of them does. In what order makes a
-difference to reversibility alone: a fixed sweep is not its own reverse; a random choice of the
-block, or a sweep there and back, is.
+Each such draw leaves the target invariant, so any order of them does. The order decides how fast
+the chain forgets, and whether it is reversible: a fixed sweep is not its own reverse; a random
+choice of the block, or a sweep there and back, is.
 """
 
 from __future__ import annotations
