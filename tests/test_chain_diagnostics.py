@@ -51,6 +51,44 @@ def test_all_sample_autocorrelations_add_up_to_minus_one_half(rng, ledger):
     assert abs(float(lagged[1:].sum() / lagged[0]) + 0.5) > 1e-3
 
 
+def score_means(draws_from, log_density, grid: torch.Tensor) -> tuple[float, float]:
+    """E[s] and E[x s] under one law, with the score of another log-density, by quadrature."""
+    x = grid.clone().requires_grad_()
+    (score,) = torch.autograd.grad(log_density(x).sum(), x)
+    weight = draws_from(grid).softmax(0)  # equal steps, no mass at the ends: accurate to rounding
+    return float(weight @ score), float(weight @ (grid * score))
+
+
+def test_the_score_has_mean_zero_and_x_times_the_score_minus_one():
+    grid = torch.linspace(-40, 40, 80_001, dtype=FLOAT64)
+
+    def normal(x):
+        return -0.5 * x.square()
+
+    def gumbel(x):  # of no symmetry: the logarithm of a gamma variable, without its constant
+        return 2 * x - x.exp()
+
+    def uneven(x):
+        return torch.logaddexp(normal((x - 1) / 0.5), math.log(3) + normal(x + 2))
+
+    def far_modes(x):
+        return torch.logaddexp(normal(x - 10), math.log(99) + normal(x + 10))
+
+    for p in (normal, gumbel, uneven, far_modes):
+        assert score_means(p, p, grid) == pytest.approx((0, -1), abs=1e-10)
+    # In one of two modes that lie far apart both hold: a missed mode does not show.
+    assert score_means(lambda x: normal(x - 10), far_modes, grid) == pytest.approx(
+        (0, -1), abs=1e-10
+    )
+    # A wrong law shows: shifted, too narrow, the square root of the density.
+    assert score_means(lambda x: normal(x - 0.5), normal, grid)[0] == pytest.approx(-0.5)
+    assert score_means(lambda x: normal(x / 0.8), normal, grid)[1] == pytest.approx(-0.64)
+    assert score_means(lambda x: 0.5 * gumbel(x), gumbel, grid)[1] < -1.5
+    # The density has to vanish at the ends: the exponential law's does not at zero.
+    half_line = torch.linspace(0, 40, 40_001, dtype=FLOAT64)
+    assert score_means(torch.neg, torch.neg, half_line)[0] == pytest.approx(-1)
+
+
 def ranks(rng, seed: int, *, scale: float) -> torch.Tensor:
     """Ranks of theta ~ N(0, 1) among 9 draws of its posterior given y ~ N(theta, 1)."""
     g = rng(seed)
