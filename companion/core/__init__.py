@@ -17,6 +17,7 @@ from companion.core.contracts import (
     Kernel,
     LogProb,
     State,
+    gradient,
     value_and_grad,
     with_gradients,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "LogZ",
     "State",
     "Trace",
+    "gradient",
     "sample",
     "value_and_grad",
     "with_gradients",

@@ -15,6 +15,7 @@ __all__ = [
     "Kernel",
     "LogProb",
     "State",
+    "gradient",
     "value_and_grad",
     "with_gradients",
 ]
@@ -57,6 +58,24 @@ def value_and_grad(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
         value = log_prob(x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), grad
+
+
+def gradient(log_prob: LogProb, x: Tensor) -> Tensor:
+    """The gradient of the log-density at `x`, where nobody asks for the value: inside trajectories.
+
+    Args:
+        log_prob: a `LogProb`; if it has a method `gradient(x)`, that is used as it is. It is worth
+            writing where the value costs something of its own.
+        x: points, `(..., *event)`.
+
+    Returns:
+        `(..., *event)`, detached: the second of what `value_and_grad` returns.
+
+    >>> gradient(lambda x: -0.5 * x.square().sum(-1), torch.tensor([[1.0, 2.0]]))
+    tensor([[-1., -2.]])
+    """
+    own = getattr(log_prob, "gradient", None)
+    return value_and_grad(log_prob, x)[1] if own is None else cast(Tensor, own(x)).detach()
 
 
 def with_gradients(

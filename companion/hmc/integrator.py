@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from companion.core import LogProb, value_and_grad
+from companion.core import LogProb, gradient, value_and_grad
 from companion.inputs import check_count
 from companion.mcmc.mass import Mass, make_mass, velocity
 
@@ -49,7 +49,8 @@ def leapfrog(
     stays bounded and is of order `e^2` at a fixed length `e num_steps`, as long as e is below
     `2 / omega` for the highest frequency omega of the dynamics.
 
-    The cost is one gradient a step: the one at the start is handed in.
+    The cost is one gradient a step: the one at the start is handed in. The value of the log-density
+    is asked for at the end only.
 
     Args:
         log_prob: the log-density, `(*chains, *event) -> (*chains)`.
@@ -89,8 +90,9 @@ def leapfrog(
     step = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
     half = 0.5 * step
     p = torch.addcmul(p, grad, half)
-    for i in range(num_steps):
+    for _ in range(num_steps - 1):
         x = torch.addcmul(x, velocity(mass, p), step)
-        value, grad = value_and_grad(log_prob, x)
-        p = torch.addcmul(p, grad, step if i < num_steps - 1 else half)
-    return Phase(x, p, value, grad)
+        p = torch.addcmul(p, gradient(log_prob, x), step)
+    x = torch.addcmul(x, velocity(mass, p), step)
+    value, grad = value_and_grad(log_prob, x)
+    return Phase(x, torch.addcmul(p, grad, half), value, grad)

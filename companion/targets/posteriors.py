@@ -81,6 +81,11 @@ class LogisticRegression(Target):
         value = self._constant + 0.5 * (pull * x).sum(-1) + logsigmoid(margin).sum(-1)
         return value, pull + torch.sigmoid(-margin) @ self._signed
 
+    def gradient(self, x: Tensor) -> Tensor:
+        """The gradient alone, `(..., d)`: the value's logarithms are more than half of the work."""
+        miss = torch.sigmoid(linear(self._check(x), -self._signed))
+        return miss @ self._signed - x / self.prior_scale**2
+
     def laplace(self) -> tuple[Tensor, Tensor]:
         """The mode, `(d,)`, by Newton's method, and the inverse of minus the Hessian there.
 

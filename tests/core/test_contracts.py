@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from companion.core import AnnealingPath, value_and_grad, with_gradients
+from companion.core import AnnealingPath, gradient, value_and_grad, with_gradients
 
 # ---------------------------------------------------------------- value_and_grad
 
@@ -64,6 +64,24 @@ def test_a_density_with_its_own_gradient_is_used_as_it_is():
     assert grad.tolist() == [[3.0, 3.0]] * 5
     assert not value.requires_grad
     assert not grad.requires_grad
+    alone = gradient(Own(), torch.ones(5, 2))  # it has no shorter way
+    assert alone.tolist() == grad.tolist() and not alone.requires_grad
+
+
+def test_a_gradient_alone_is_the_density_s_own_where_it_has_one(rng):
+    class Own:
+        weight = torch.tensor(3.0, requires_grad=True)
+
+        def gradient(self, x: Tensor) -> Tensor:
+            return self.weight.expand(x.shape)
+
+        def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            raise AssertionError("nobody asked for the value")
+
+    grad = gradient(Own(), torch.ones(5, 2))
+    assert grad.tolist() == [[3.0, 3.0]] * 5 and not grad.requires_grad
+    x = torch.randn(5, 2, generator=rng(0))
+    torch.testing.assert_close(gradient(quartic, x), quartic_grad(x))
 
 
 # ---------------------------------------------------------------- known gradients

@@ -82,6 +82,7 @@ def test_leapfrog_preserves_volume(rng, monkeypatch, mass):
 
     target = Smooth()
     monkeypatch.setattr(integrator, "value_and_grad", differentiable)
+    monkeypatch.setattr(integrator, "gradient", lambda _, x: differentiable(_, x)[1])
     points = start(banana(), rng, 10)
     for x, p in zip(points.x, points.p, strict=True):
         assert log_volume(leapfrog, x, p).abs() < 1e-10
@@ -191,6 +192,31 @@ def test_leapfrog_costs_one_gradient_a_step(rng):
     s = start(banana(), rng, 3)
     leapfrog(Counting(), s.x, s.p, s.grad, 0.1, 9)
     assert len(calls) == 9
+
+
+def test_leapfrog_asks_for_the_value_at_the_end_only(rng):
+    calls = []
+
+    class Both(Smooth):
+        sign = 1.0
+
+        def value_and_grad(self, x):
+            calls.append("value and gradient")
+            return super().value_and_grad(x)
+
+        def gradient(self, x):
+            calls.append("gradient")
+            return self.sign * super().value_and_grad(x)[1]
+
+    class Wrong(Both):
+        sign = -1.0
+
+    s = start(banana(), rng, 3)
+    end = leapfrog(Both(), s.x, s.p, s.grad, 0.1, 9)
+    assert calls == ["gradient"] * 8 + ["value and gradient"]
+    for a, b in zip(end, leapfrog(Smooth(), s.x, s.p, s.grad, 0.1, 9), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.allclose(leapfrog(Wrong(), s.x, s.p, s.grad, 0.1, 9).x, end.x)
 
 
 def test_leapfrog_takes_scalars_and_matrices(rng):

@@ -60,11 +60,13 @@ def test_logistic_gradient_agrees_with_autograd(rng, dim):
     expected_value, expected_grad = value_and_grad(lambda y: target(y), x)
     torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-11, atol=1e-11)
+    assert torch.equal(target.gradient(x), grad)  # trajectories do not depend on who is asked
 
 
 def test_logistic_posterior_does_not_overflow(rng):
     target = regression(rng)
     value, grad = target.value_and_grad(torch.full((2,), 1e4, dtype=F64))
+    assert torch.equal(target.gradient(torch.full((2,), 1e4, dtype=F64)), grad)
     assert value.isfinite() and grad.isfinite().all() and value < -1e4
 
 
