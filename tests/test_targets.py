@@ -16,7 +16,7 @@ from torch.distributions import (
     Normal,
 )
 
-from companion.core import LogZ, value_and_grad
+from companion.core import LogZ, gradient, value_and_grad
 from companion.inputs import draw
 from companion.monte_carlo import estimate, rejection_sampling
 from companion.targets import Banana, Funnel, Gaussian, GaussianMixture, SkewedProduct
@@ -159,6 +159,7 @@ def test_hand_written_gradient_agrees_with_autograd(rng, name):
     assert value.shape == (4, 50)
     used, _ = value_and_grad(target, x)  # what samplers call
     assert torch.equal(used, value)
+    assert torch.equal(gradient(target, x), grad)  # what trajectories call
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17])  # the product is taken in two ways
@@ -331,8 +332,9 @@ def test_points_and_counts_that_do_not_fit_are_refused(name):
             ValueError, match=r"x must be \(\.\.\., 3\) of torch.float64 on cpu, got"
         ):
             target(x)
-        with pytest.raises(ValueError, match="x must be"):
-            target.value_and_grad(x)
+        for call in (value_and_grad, gradient):
+            with pytest.raises(ValueError, match="x must be"):
+                call(target, x)
     with pytest.raises(ValueError, match="n must be at least 1"):
         target.sample(0)
     with pytest.raises(TypeError, match=r"torch\.Generator"):

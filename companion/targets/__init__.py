@@ -8,8 +8,8 @@ A target is a log-density (call it), unnormalised as written in its docstring. I
 methods:
 
 - `log_prob(x)` = log p~(x), `(..., d) -> (...)`, and `value_and_grad(x)`, the same with its
-  gradient `(..., d)`, written by hand (half the cost of autograd's); `LogisticRegression` has
-  `gradient(x)`, too, since its value costs as much again;
+  gradient `(..., d)`, written by hand (half the cost of autograd's); `Gaussian` and
+  `LogisticRegression` have `gradient(x)` as well, for trajectories, which need no values;
 - `sample(n, *, generator=None)`: n independent exact draws, `(n, d)` (`LogisticRegression` has
   none);
 - `mean` `(d,)` and `covariance` `(d, d)`; `log_z`, the log of the integral of p~, a float.

@@ -48,9 +48,13 @@ class Gaussian(Target):
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log p~(x)`, `(...)`, and its gradient `-Sigma^-1 (x - mu)`, `(..., d)`."""
-        centred = self._check(x) - self.mean
-        grad = -(centred @ self._precision)
-        return 0.5 * (grad * centred).sum(-1), grad
+        missing = self.mean - self._check(x)
+        grad = missing @ self._precision
+        return -0.5 * (grad * missing).sum(-1), grad
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """The gradient alone, `(..., d)`."""
+        return (self.mean - self._check(x)) @ self._precision
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """`n` exact draws, `(n, d)`."""
