@@ -79,11 +79,12 @@ class LogisticRegression(Target):
         margin = linear(self._check(x), self._signed)
         pull = -x / self.prior_scale**2
         value = self._constant + 0.5 * (pull * x).sum(-1) + logsigmoid(margin).sum(-1)
-        return value, pull + torch.sigmoid(-margin) @ self._signed
+        miss = margin.neg_().sigmoid_()  # in place: fresh memory costs more than the arithmetic
+        return value, pull + miss @ self._signed
 
     def gradient(self, x: Tensor) -> Tensor:
         """The gradient alone, `(..., d)`: the value's logarithms are more than half of the work."""
-        miss = torch.sigmoid(linear(self._check(x), -self._signed))
+        miss = linear(self._check(x), -self._signed).sigmoid_()
         return miss @ self._signed - x / self.prior_scale**2
 
     def laplace(self) -> tuple[Tensor, Tensor]:
