@@ -5,8 +5,10 @@ weight n_k. With `c_k = log Z_k` the estimates solve, for all states k at once,
 
     c_k = log sum_n p~_k(x_n) / D(x_n),        D(x) = sum_l n_l p~_l(x) exp(-c_l).
 
-They make the likelihood of "which state did this draw come from?" stationary, which is convex:
-there is one solution, up to a constant. With two states it is the optimal bridge.
+They make the likelihood of "which state did this draw come from?" stationary, which is concave:
+there is one solution, up to a constant, if the draws link all states. State k is linked to l if
+p~_l is positive at some draw of k, and links have to lead from every state to every other. With two
+states the solution is the optimal bridge.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ def mbar(
         - `log_weights`: (K, N), normalised log weights of all draws, in the order given, for
           expectations under each state: `exp(log_weights) @ f(x)`;
         - `ess`: Kish's effective sample size of these, (K,);
-        - `converged`: the equations hold to 1e-10 of the number of draws, and the states are
-          connected by their draws.
+        - `converged`: the equations hold to 1e-10 of the number of draws, and have a solution: the
+          draws link all states, both ways.
 
         A warning tells when effectively fewer than ten draws connect some states with the rest
         (then their ratio, and its standard error, may be far off), or represent a state.
@@ -70,7 +72,8 @@ def mbar(
 
     Reference: Shirts and Chodera (2008), *Statistically optimal analysis of samples from multiple
     equilibrium states*; Kong, McCullagh, Meng, Nicolae and Tan (2003), *A theory of statistical
-    models for Monte Carlo integration*.
+    models for Monte Carlo integration*; Vardi (1985), *Empirical distributions in selection bias
+    models*.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> scales = torch.tensor([1.0, 0.5, 0.25])
@@ -108,7 +111,7 @@ def mbar(
     covariance = covariance - covariance[:, :1]
     variance = covariance.diagonal().clamp(min=0.0)
     ess = torch.where(known, 1.0 / gram.diagonal(), 0.0)
-    connected = gap > 1e-13
+    connected = gap > 1e-13 and _linked(q[sampled], counts[sampled])
     if not found:
         warnings.warn(
             f"MBAR did not converge in {_MAX_ITERATIONS} iterations: its values mean nothing",
@@ -128,12 +131,22 @@ def mbar(
         torch.where(known & (variance < 1e6), variance.sqrt(), math.inf),  # no draw in common
         log_weights,
         ess,
-        found and bool(connected) and bool(known.all()),
+        found and bool(connected and known.all()),
         covariance,
     )
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _linked(q: Tensor, counts: Tensor) -> bool:
+    """Whether links lead from every state to every other. Else some log Z runs off to infinity,
+    and the equations hold better and better on its way."""
+    by_state = torch.split(q > -math.inf, counts.tolist(), 1)
+    reach = torch.stack([positive.any(1) for positive in by_state]).double()  # from, to
+    for _ in range(len(counts).bit_length()):  # paths of 2, 4, 8, ... links
+        reach = (reach @ reach).clamp(max=1.0)
+    return bool((reach > 0).all())
 
 
 def _solve(q: Tensor, n: Tensor) -> tuple[Tensor, Tensor, bool]:

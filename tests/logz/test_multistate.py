@@ -268,6 +268,21 @@ def test_states_that_share_no_draw_have_no_ratio():
     assert absent.value[2] == -math.inf and absent.std_error[1] < 0.3
 
 
+def test_links_lead_both_ways_or_nothing_has_converged():
+    # Uniform laws on (0, 1), (0, 2) and (1, 3). If all draws of the second lie in the third, no
+    # link leads back to the first: log Z runs off, and the equations hold better and better.
+    def log_probs(x):
+        low, high = torch.tensor([[0.0], [0.0], [1.0]]), torch.tensor([[1.0], [2.0], [3.0]])
+        return torch.where((x > low) & (x < high), 0.0, -math.inf)
+
+    at = torch.linspace(0.01, 0.99, 50)
+    found = mbar(log_probs, [at, 2.0 * at, 1.0 + 2.0 * at])
+    assert found.converged and found.value[1:].exp().sub(2.0).abs().max() < 0.1
+    with pytest.warns(UserWarning, match=r"the states \[0\] are connected"):
+        found = mbar(log_probs, [at, 1.0 + at, 1.0 + 2.0 * at])
+    assert not found.converged and found.std_error[1:].isinf().all()
+
+
 def test_a_state_of_few_draws_among_close_ones_is_no_cause_for_alarm(rng):
     found = mbar(oscillators, draws(rng(12), (500, 3, 500, 1, 500)))
     assert found.std_error.max() < 0.2
