@@ -321,6 +321,13 @@ def bibliography(root: Path) -> set[str]:
     return set(re.findall(r"^@\w+\{([^,\s]+),", (root / "book/references.bib").read_text(), re.M))
 
 
+def formulas_are_whole(page: Page) -> Iterator[str]:
+    """A line that begins like a list ends the paragraph, and with it the formula that it is in."""
+    for text in _prose(page):
+        if "$" in text:
+            yield f"a dollar sign is left in the text, of a formula torn apart: {text[-60:]!r}"
+
+
 def words_are_fit_to_print(page: Page) -> Iterator[str]:
     """Nothing that holds on one machine alone, nothing left unfinished, in text, code or output."""
     texts = [item.text for item in walk(page.items)] + list(_prose(page))
@@ -367,6 +374,7 @@ PAGE_CHECKS = (
     links_lead_somewhere,
     citations_are_in_the_bibliography,
     theorems_name_their_tests,
+    formulas_are_whole,
     words_are_fit_to_print,
 )
 CHAPTER_CHECKS = (

@@ -313,6 +313,9 @@ DEFECTS = {
         (typed("See {cite}`neal2001annealed, other1999`."), "'other1999' is cited, but"),
         (typed("See {cite:p}`other1999`."), "'other1999' is cited, but"),
     ],
+    checks.formulas_are_whole: [
+        (typed("The factor is $n(n\n- 1)$ there."), "torn apart: 'The factor is $n(n'"),
+    ],
     checks.words_are_fit_to_print: [
         (typed("It is in /home/me/book."), "one machine: '/home/me/book.'"),
         (typed("It is in C:\\Users\\me."), "one machine: 'C:"),
