@@ -62,7 +62,8 @@ class PersistentChains(_Chains):
     near it only while the learning rate is small beside their mixing time.
 
     A model that offers `contrastive_step` (`RBM` does) gets its fused call. It keeps what the
-    hidden units were given at the end of the last update, under the parameters of that time.
+    hidden units were given at the end of the last update, under the parameters of that time. Where
+    plain gradient descent will do, `update` is quicker than `loss` and an optimiser.
 
     Args:
         model: an unnormalised model with `log_prob`, `gibbs` and `sample_base`.
@@ -125,6 +126,35 @@ class PersistentChains(_Chains):
         positive = self.model.log_prob(v).mean(-1).sum()  # checks v before the chains move
         self.x = self.model.gibbs(self.x, num_steps, generator=generator)
         return cast(Tensor, self.model.log_prob(self.x).mean(-1).sum() - positive)
+
+    def update(
+        self,
+        v: Tensor,
+        rate: float,
+        num_steps: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Advance the chains and learn, in place: `loss` and a step of plain gradient descent.
+
+        Args:
+            v: a mini-batch of data, as for `loss`; so are `num_steps` and `generator`.
+            rate: the learning rate, above 0.
+
+        Raises:
+            TypeError: the model offers no `contrastive_update` (`RBM` does).
+            FloatingPointError, ValueError: as `RBM.contrastive_update`; chains and parameters are
+                as they were.
+        """
+        update = getattr(self.model, "contrastive_update", None)
+        if update is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has no contrastive_update; take loss() and an "
+                "optimiser of torch.optim"
+            )
+        self._x, self.hidden_probs = update(
+            v, rate, num_steps, self.hidden_probs, generator=generator or self.generator
+        )
 
 
 class FastPersistentChains(_Chains):

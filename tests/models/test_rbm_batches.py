@@ -1,5 +1,6 @@
 """Batches of machines, the fused contrastive step, and the centred machine."""
 
+import copy
 import math
 
 import pytest
@@ -171,6 +172,80 @@ def test_the_fused_step_notices_particles_that_were_changed_before_backward(rng)
         (x, v)[changed].zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_update_is_the_loss_and_a_step_of_gradient_descent(
+    kind, batch_shape, num_steps, rng, device
+):
+    """Twice in a row, the second time from the hidden units that the first returned."""
+    rbm, other = (
+        randomize(kind(6, 4, batch_shape=batch_shape, dtype=F64, device=device), rng)
+        for _ in range(2)
+    )
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.3)
+    for shape in ((8, 6), (*batch_shape, 8, 6), (2, *batch_shape, 8, 6)):
+        v = torch.randint(2, shape, generator=rng(1)).to(device)
+        probs = None
+        for rows in (v, v[..., :3, :]):  # then three rows and eight chains
+            x, next_probs = rbm.contrastive_update(
+                rows, 0.3, num_steps, probs, generator=rng(2, device)
+            )
+            loss, same_x, same_probs = other.contrastive_step(
+                rows, num_steps, probs, generator=rng(2, device)
+            )
+            before = [p.detach().clone() for p in other.parameters()]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert torch.equal(x, same_x)
+            torch.testing.assert_close(next_probs, same_probs)
+            for p, q, start in zip(rbm.parameters(), other.parameters(), before, strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+                assert (p - start).abs().max() > 1e-3
+                assert p.grad is None
+            probs = next_probs
+
+
+def test_an_update_that_cannot_be_made_changes_nothing(rng):
+    rbm, g = randomize(RBM(6, 4), rng), rng(1)
+    v = torch.randint(2, (8, 6), generator=g)
+    for bad, message in (
+        ({"rate": 0.0}, "rate must be a finite number above 0"),
+        ({"rate": math.inf}, "rate must be a finite number above 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"v": v[:, :5]}, "v must have shape"),
+        ({"v": 2 * v}, "zeros and ones only"),
+    ):
+        before, state = copy.deepcopy(rbm.state_dict()), g.get_state()
+        with pytest.raises(ValueError, match=message):
+            rbm.contrastive_update(**({"v": v, "rate": 0.1} | bad), generator=g)
+        assert torch.equal(g.get_state(), state)
+        for name, x in rbm.state_dict().items():
+            assert torch.equal(x, before[name])
+    for name, value in (("W", math.nan), ("W", math.inf), ("b", math.nan), ("c", math.nan)):
+        broken = copy.deepcopy(rbm)
+        with torch.no_grad():
+            getattr(broken, name).view(-1)[-1] = value
+        before = copy.deepcopy(broken.state_dict())
+        with pytest.raises(FloatingPointError, match="no update was made"):
+            broken.contrastive_update(v, 0.1, generator=g)
+        for name, x in broken.state_dict().items():
+            assert torch.equal(x.nan_to_num(), before[name].nan_to_num())
+
+
+def test_an_update_by_sixteen_bit_products_is_the_loss_and_a_step(rng):
+    rbm, other = (randomize(RBM(60, 40), rng) for _ in range(2))
+    v = torch.randint(2, (500, 60), generator=rng(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        x, _ = rbm.contrastive_update(v, 0.5, generator=rng(2))
+        loss, same, _ = other.contrastive_step(v, generator=rng(2))
+    loss.backward()
+    assert torch.equal(x, same)
+    for p, q in zip(rbm.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.5 * q.grad, rtol=0, atol=1e-6)
 
 
 def test_sixteen_bit_products_change_the_gradient_by_rounding_only(rng):

@@ -38,6 +38,10 @@ class Plain:
         self.log_prob, self.gibbs, self.sample_base = rbm.log_prob, rbm.gibbs, rbm.sample_base
 
 
+def flat(rbm):
+    return torch.nn.utils.parameters_to_vector(rbm.parameters()).detach()
+
+
 def exact_draws(log_prob, n, rng, seed):
     states = binary_states(3, dtype=F64)
     pi = log_prob(states).detach().softmax(0)
@@ -88,6 +92,24 @@ def test_the_chains_of_the_fused_route_follow_the_law_of_the_general_one(rng):
     assert chi_square(chains.x) > 100
 
 
+def test_updates_in_place_are_losses_and_steps_of_gradient_descent(rng):
+    rbm, other = machine(rng), machine(rng)
+    chains, others = (PersistentChains(m, 20, generator=rng(1)) for m in (rbm, other))
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.3)
+    start = flat(rbm)
+    for num_steps in (1, 2, 1):
+        chains.update(DATA, 0.3, num_steps)
+        optimizer.zero_grad()
+        others.loss(DATA, num_steps).backward()
+        optimizer.step()
+        assert torch.equal(chains.x, others.x)
+        torch.testing.assert_close(flat(rbm), flat(other), rtol=0, atol=1e-12)
+    assert (flat(rbm) - start).norm() > 0.1
+    torch.testing.assert_close(chains.state_dict()["hidden_probs"], others.hidden_probs)
+    with pytest.raises(TypeError, match="Plain has no contrastive_update; take loss"):
+        PersistentChains(Plain(rbm), 20, generator=rng(1)).update(DATA, 0.3)
+
+
 # ---------------------------------------------------------------- fast weights
 
 
@@ -109,8 +131,7 @@ def test_the_chains_follow_slow_and_fast_weights_together(rng):
     both = machine(rng)
     fast = 0.7 * torch.randn(11, generator=rng(5), dtype=F64)
     with torch.no_grad():
-        flat = torch.nn.utils.parameters_to_vector(both.parameters()) + fast
-        torch.nn.utils.vector_to_parameters(flat, both.parameters())
+        torch.nn.utils.vector_to_parameters(flat(both) + fast, both.parameters())
     chains = FastPersistentChains(rbm, n, fast_rate=1e-9, decay=0.0, generator=rng(1))
     chains.x = exact_draws(both.log_prob, n, rng, 2)
     chains.fast = fast

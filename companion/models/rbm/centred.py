@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.inputs import check_real
-from companion.models.rbm.model import RBM
+from companion.models.rbm.model import RBM, row
 
 __all__ = ["CentredRBM"]
 
@@ -91,11 +91,8 @@ class CentredRBM(RBM):
         self.centred_b.copy_(b + _times(self.W, self.hidden_offset))
         self.centred_c.copy_(c + _times(self.W.mT, self.visible_offset))
 
-    def _gradients(self, g_weights: Tensor, g_b: Tensor, g_c: Tensor) -> dict[str, Tensor]:
-        # b and c depend on W: d/dW = g_W - g_b lambda' - mu g_c'
-        g_weights = g_weights - g_b[..., :, None] * self.hidden_offset[..., None, :]
-        g_weights = g_weights - self.visible_offset[..., :, None] * g_c[..., None, :]
-        return {"W": g_weights, "centred_b": g_b, "centred_c": g_c}
+    def _centre(self, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return v - row(self.visible_offset), hidden - row(self.hidden_offset)
 
 
 def _times(weights: Tensor, offset: Tensor) -> Tensor:

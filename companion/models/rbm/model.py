@@ -242,9 +242,50 @@ class RBM(nn.Module):
 
         return contrastive_step(self, v, num_steps, hidden_probs, generator=generator)
 
-    def _gradients(self, g_weights: Tensor, g_b: Tensor, g_c: Tensor) -> dict[str, Tensor]:
-        """The gradients with respect to the parameters by name, from those for W, b and c."""
-        return {"W": g_weights, "b": g_b, "c": g_c}
+    def contrastive_update(
+        self,
+        v: Tensor,
+        rate: float,
+        num_steps: int = 1,
+        hidden_probs: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Learn from a mini-batch: one step of plain gradient descent on `contrastive_step`'s loss.
+
+        What that loss, `backward()` and a step of `torch.optim.SGD` do, but quicker: no loss is
+        worked out, the products that make the gradient go straight into the parameters, and in
+        single precision a coin takes 16 random bits (so the particles are other draws than those of
+        `contrastive_step` by the same generator). No `grad` is read or written, and all parameters
+        move, whether or not they require one.
+
+        Args:
+            v: a mini-batch of data, as for `contrastive_step`; so are `num_steps`, `hidden_probs`
+                and `generator`.
+            rate: the learning rate, above 0. For a batch of machines the rate of each, not divided
+                by their number.
+
+        Returns:
+            the particles `x`, `(..., m, D)`, and `P(h = 1 | x)`, `(..., m, H)`, as they were before
+            the parameters moved.
+
+        Raises:
+            FloatingPointError: the gradient is NaN or infinite; no parameter has changed.
+            ValueError, TypeError: as `gibbs`, or the rate is out of range.
+
+        >>> rbm = RBM(4, 2, generator=torch.Generator().manual_seed(0))
+        >>> v = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
+        >>> x, probs = rbm.contrastive_update(v, 0.1, generator=torch.Generator().manual_seed(1))
+        >>> x.shape, probs.shape
+        (torch.Size([2, 4]), torch.Size([2, 2]))
+        """
+        from companion.models.rbm.phases import contrastive_update  # which imports this module
+
+        return contrastive_update(self, v, rate, num_steps, hidden_probs, generator=generator)
+
+    def _centre(self, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The states of both layers as their products make W's gradient."""
+        return v, hidden
 
     def annealing_path(self, base_bias: Tensor | None = None) -> RBMPath:
         """The path from independent units to this machine, with exact conditionals.

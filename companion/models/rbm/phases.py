@@ -7,20 +7,29 @@ The gradient of `mean log p~(x) - mean log p~(v)` needs only the machine's suffi
 and sampling `x` has computed most of them. Done apart, a step of CD-1 costs six products of a batch
 with W: two to sample, one for each log-density and one for each gradient. Done together it costs
 five, since what the hidden units of the data receive is both the first half of the sweep and the
-data's statistic.
+data's statistic. Beside these products what is left is memory traffic: an update in place writes
+the last two products straight into W, where a loss makes a gradient of W's size, and its optimiser
+reads that again.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from companion.core import with_gradients
-from companion.inputs import check_count, check_generator
+from companion.inputs import check_count, check_generator, check_real
+from companion.models.rbm.annealing import coins
 from companion.models.rbm.model import RBM, bernoulli, dot, row
 from companion.models.rbm.units import softplus
 
-__all__ = ["contrastive_step"]
+__all__ = ["contrastive_step", "contrastive_update"]
+
+_Phases: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # x, P(h = 1 | x), v, P(h = 1 | v)
 
 
 def contrastive_step(
@@ -32,37 +41,109 @@ def contrastive_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `RBM.contrastive_step` does."""
-    check_count("num_steps", num_steps)
-    check_generator(generator, rbm.W.device)
-    v = rbm._check_units("v", v, rbm.num_visible)
-    weights, b, c = rbm.W.detach(), rbm.b.detach(), rbm.c.detach()
-    # In place where it can be: fresh memory for a batch costs as much as the arithmetic.
-    data_probs = (v @ weights).add_(row(c))
-    value = -(dot(v, b) + softplus(data_probs).sum(-1)).mean(-1)
-    data_probs.sigmoid_()
-    probs = data_probs if hidden_probs is None else hidden_probs
-    for step in range(num_steps):
-        h = bernoulli(probs, generator)
-        x = bernoulli((h @ weights.mT).add_(row(b)).sigmoid_(), generator)
-        probs = (x @ weights).add_(row(c))
-        if step == num_steps - 1:
-            value = value + (dot(x, b) + softplus(probs).sum(-1)).mean(-1)
-        probs.sigmoid_()
-    names, parameters = zip(*rbm.named_parameters(), strict=True)
+    phases, value = _both_phases(rbm, v, num_steps, hidden_probs, generator, weigh=True)
 
     def gradients(
         scale: Tensor, x: Tensor, probs: Tensor, v: Tensor, data_probs: Tensor
     ) -> list[Tensor]:
-        probs, data_probs = scale * probs, scale * data_probs
-        g_weights = _mean_products(x, probs, v, data_probs)
-        g_b, g_c = scale * (_mean(x) - _mean(v)), _mean(probs) - _mean(data_probs)
-        # leading dimensions beyond the batch of machines are summed over
-        shaped = (g.sum_to_size(p.shape) for g, p in ((g_weights, weights), (g_b, b), (g_c, c)))
-        named = rbm._gradients(*(g.to(weights.dtype) for g in shaped))
-        return [named[name] for name in names]
+        return _gradients(rbm, _centred(rbm, (x, probs, v, data_probs)), scale)
 
-    saved = (x, probs, v, data_probs)
-    return with_gradients(value.sum(), parameters, gradients, saved=saved), x, probs
+    loss = with_gradients(value.sum(), list(rbm.parameters()), gradients, saved=phases)
+    return loss, phases[0], phases[1]
+
+
+@torch.no_grad()
+def contrastive_update(
+    rbm: RBM,
+    v: Tensor,
+    rate: float,
+    num_steps: int,
+    hidden_probs: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `RBM.contrastive_update` does."""
+    check_real("rate", rate, minimum=0.0)
+    phases, _ = _both_phases(rbm, v, num_steps, hidden_probs, generator, draw=coins)
+    weights, b, c = rbm.parameters()
+    # A NaN in W or c reaches the hidden units of the data, whatever state it is in.
+    if not math.isfinite((phases[3].sum() + b.sum()).item()):
+        raise FloatingPointError(
+            "a parameter is NaN or infinite, so no update was made: go back to a state that was "
+            "good, and take a lower rate"
+        )
+    x, probs, v, data_probs = centred = _centred(rbm, phases)
+    if weights.ndim == x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
+        for states, hidden, share in ((v, data_probs, rate / len(v)), (x, probs, -rate / len(x))):
+            ones = states.new_ones(len(states))
+            weights.addmm_(states.T, hidden, alpha=share)
+            b.addmv_(states.T, ones, alpha=share)
+            c.addmv_(hidden.T, ones, alpha=share)
+    else:  # a batch of machines, or 16-bit products
+        with torch.autocast(weights.device.type, enabled=False):  # as `backward` runs
+            gradients = _gradients(rbm, centred, 1.0)
+        for parameter, g in zip((weights, b, c), gradients, strict=True):
+            parameter.sub_(g, alpha=rate)
+    return phases[0], phases[1]
+
+
+@torch.no_grad()
+def _both_phases(
+    rbm: RBM,
+    v: Tensor,
+    num_steps: int,
+    hidden_probs: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    draw: Callable[[Tensor, torch.Generator | None], Tensor] = bernoulli,
+    weigh: bool = False,
+) -> tuple[_Phases, Tensor]:
+    """The states and hidden units of both phases, and the loss of each machine (or 0)."""
+    weights, b, c = rbm.W, rbm.b, rbm.c
+    check_count("num_steps", num_steps)
+    check_generator(generator, weights.device)
+    v = rbm._check_units("v", v, rbm.num_visible)
+    value = weights.new_zeros(())
+    # In place where it can be: fresh memory for a batch costs as much as the arithmetic.
+    data_probs = (v @ weights).add_(row(c))
+    if weigh:
+        value = -_mean_log_prob(v, data_probs, b)
+    data_probs.sigmoid_()
+    probs = data_probs if hidden_probs is None else hidden_probs
+    for step in range(num_steps):
+        h = draw(probs, generator)
+        x = draw((h @ weights.mT).add_(row(b)).sigmoid_(), generator)
+        probs = (x @ weights).add_(row(c))
+        if weigh and step == num_steps - 1:
+            value = value + _mean_log_prob(x, probs, b)
+        probs.sigmoid_()
+    return (x, probs, v, data_probs), value
+
+
+def _mean_log_prob(x: Tensor, hidden_inputs: Tensor, b: Tensor) -> Tensor:
+    return (dot(x, b) + softplus(hidden_inputs).sum(-1)).mean(-1)
+
+
+def _gradients(rbm: RBM, phases: _Phases, scale: Tensor | float) -> list[Tensor]:
+    """The loss's gradients, times a scalar, in the order of `rbm.parameters()`: W and both biases.
+
+    Differences of means, so the biases' do not see whether the states are centred.
+    """
+    x, probs, v, data_probs = phases
+    probs, data_probs = scale * probs, scale * data_probs  # spares a pass over W
+    gradients = (
+        _mean_products(x, probs, v, data_probs),
+        scale * (_mean(x) - _mean(v)),
+        _mean(probs) - _mean(data_probs),
+    )
+    # leading dimensions beyond the batch of machines are summed over
+    shaped = zip(gradients, rbm.parameters(), strict=True)
+    return [g.sum_to_size(p.shape).to(p.dtype) for g, p in shaped]
+
+
+def _centred(rbm: RBM, phases: _Phases) -> _Phases:
+    x, probs, v, data_probs = phases
+    return *rbm._centre(x, probs), *rbm._centre(v, data_probs)
 
 
 def _mean_products(x: Tensor, x_probs: Tensor, v: Tensor, v_probs: Tensor) -> Tensor:
