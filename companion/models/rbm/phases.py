@@ -73,7 +73,7 @@ def contrastive_update(
             "good, and take a lower rate"
         )
     x, probs, v, data_probs = centred = _centred(rbm, phases)
-    if weights.ndim == x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
+    if x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
         for states, hidden, share in ((v, data_probs, rate / len(v)), (x, probs, -rate / len(x))):
             ones = states.new_ones(len(states))
             weights.addmm_(states.T, hidden, alpha=share)
