@@ -236,8 +236,9 @@ def test_an_update_that_cannot_be_made_changes_nothing(rng):
             assert torch.equal(x.nan_to_num(), before[name].nan_to_num())
 
 
-def test_an_update_by_sixteen_bit_products_is_the_loss_and_a_step(rng):
-    rbm, other = (randomize(RBM(60, 40), rng) for _ in range(2))
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+def test_an_update_by_sixteen_bit_products_is_the_loss_and_a_step(batch_shape, rng):
+    rbm, other = (randomize(RBM(60, 40, batch_shape=batch_shape), rng) for _ in range(2))
     v = torch.randint(2, (500, 60), generator=rng(1))
     with torch.autocast("cpu", torch.bfloat16):
         x, _ = rbm.contrastive_update(v, 0.5, generator=rng(2))
@@ -248,9 +249,10 @@ def test_an_update_by_sixteen_bit_products_is_the_loss_and_a_step(rng):
         torch.testing.assert_close(p, q - 0.5 * q.grad, rtol=0, atol=1e-6)
 
 
-def test_sixteen_bit_products_change_the_gradient_by_rounding_only(rng):
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+def test_sixteen_bit_products_change_the_gradient_by_rounding_only(batch_shape, rng):
     """Under autocast the products are in bfloat16; noise and parameters stay in float32."""
-    rbm = randomize(RBM(60, 40), rng)
+    rbm = randomize(RBM(60, 40, batch_shape=batch_shape), rng)
     with torch.no_grad():
         rbm.W.mul_(0.2)
     v = torch.randint(2, (500, 60), generator=rng(1))

@@ -193,7 +193,7 @@ def coins(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     n = probs.numel()
     bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=probs.device)
     k = bits.random_(-(2**63), None, generator=generator).view(torch.uint16)  # all 64 bits of each
-    k = (k if len(k) == n else k[:n]).view(probs.shape).to(probs.dtype)
+    k = k[:n].view(probs.shape).to(probs.dtype)
     minus_u = torch.empty(probs.shape[-1], dtype=probs.dtype, device=probs.device)
     minus_u.uniform_(-1.0, 0.0, generator=generator)
     return k.sub_(probs, alpha=65536.0).le_(minus_u)  # exact where u matters

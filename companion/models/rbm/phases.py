@@ -41,14 +41,19 @@ def contrastive_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `RBM.contrastive_step` does."""
-    phases, value = _both_phases(rbm, v, num_steps, hidden_probs, generator, weigh=True)
+    with torch.no_grad():
+        phases, (of_data, of_chains) = _both_phases(
+            rbm, v, num_steps, hidden_probs, generator, weigh=True
+        )
 
     def gradients(
         scale: Tensor, x: Tensor, probs: Tensor, v: Tensor, data_probs: Tensor
     ) -> list[Tensor]:
         return _gradients(rbm, _centred(rbm, (x, probs, v, data_probs)), scale)
 
-    loss = with_gradients(value.sum(), list(rbm.parameters()), gradients, saved=phases)
+    loss = with_gradients(
+        (of_chains - of_data).sum(), list(rbm.parameters()), gradients, saved=phases
+    )
     return loss, phases[0], phases[1]
 
 
@@ -65,7 +70,7 @@ def contrastive_update(
     """What `RBM.contrastive_update` does."""
     check_real("rate", rate, minimum=0.0)
     phases, _ = _both_phases(rbm, v, num_steps, hidden_probs, generator, draw=coins)
-    weights, b, c = rbm.parameters()
+    weights, b, c = rbm.parameters(recurse=False)
     # A NaN in W or c reaches the hidden units of the data, whatever state it is in.
     if not math.isfinite((phases[3].sum() + b.sum()).item()):
         raise FloatingPointError(
@@ -87,7 +92,6 @@ def contrastive_update(
     return phases[0], phases[1]
 
 
-@torch.no_grad()
 def _both_phases(
     rbm: RBM,
     v: Tensor,
@@ -97,27 +101,30 @@ def _both_phases(
     *,
     draw: Callable[[Tensor, torch.Generator | None], Tensor] = bernoulli,
     weigh: bool = False,
-) -> tuple[_Phases, Tensor]:
-    """The states and hidden units of both phases, and the loss of each machine (or 0)."""
+) -> tuple[_Phases, list[Tensor]]:
+    """Both phases' states and hidden units, and their mean log-probabilities where it has to weigh.
+
+    The data's comes first, then the chains'; to be called without gradients.
+    """
     weights, b, c = rbm.W, rbm.b, rbm.c
     check_count("num_steps", num_steps)
     check_generator(generator, weights.device)
     v = rbm._check_units("v", v, rbm.num_visible)
-    value = weights.new_zeros(())
+    log_probs = []
     # In place where it can be: fresh memory for a batch costs as much as the arithmetic.
     data_probs = (v @ weights).add_(row(c))
     if weigh:
-        value = -_mean_log_prob(v, data_probs, b)
+        log_probs.append(_mean_log_prob(v, data_probs, b))
     data_probs.sigmoid_()
     probs = data_probs if hidden_probs is None else hidden_probs
     for step in range(num_steps):
-        h = draw(probs, generator)
-        x = draw((h @ weights.mT).add_(row(b)).sigmoid_(), generator)
+        x = (draw(probs, generator) @ weights.mT).add_(row(b)).sigmoid_()
+        x = draw(x, generator)
         probs = (x @ weights).add_(row(c))
         if weigh and step == num_steps - 1:
-            value = value + _mean_log_prob(x, probs, b)
+            log_probs.append(_mean_log_prob(x, probs, b))
         probs.sigmoid_()
-    return (x, probs, v, data_probs), value
+    return (x, probs, v, data_probs), log_probs
 
 
 def _mean_log_prob(x: Tensor, hidden_inputs: Tensor, b: Tensor) -> Tensor:
@@ -148,11 +155,11 @@ def _centred(rbm: RBM, phases: _Phases) -> _Phases:
 
 def _mean_products(x: Tensor, x_probs: Tensor, v: Tensor, v_probs: Tensor) -> Tensor:
     """The difference of the mean outer products, `(..., n, D), (..., n, H) -> (..., D, H)`."""
+    product = x.mT @ x_probs
+    v, v_probs = v.to(product.dtype), v_probs.to(product.dtype)
     if x.ndim == v.ndim == 2:
-        product = x.T @ x_probs
-        v, v_probs = v.to(product.dtype), v_probs.to(product.dtype)
-        return product.addmm_(v.T, v_probs, beta=1.0 / len(x), alpha=-1.0 / len(v))
-    return x.mT @ x_probs / x.shape[-2] - v.mT @ v_probs / v.shape[-2]
+        return product.addmm_(v.mT, v_probs, beta=1.0 / len(x), alpha=-1.0 / len(v))
+    return product / x.shape[-2] - v.mT @ v_probs / v.shape[-2]
 
 
 def _mean(x: Tensor) -> Tensor:
