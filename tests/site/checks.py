@@ -122,9 +122,10 @@ def sideways_scrolling(page: Page) -> list[str]:
             const width = document.documentElement.clientWidth;
             const scroller = document.scrollingElement;
             const before = scroller.scrollLeft;
-            scroller.scrollLeft = 1000;
+            // at once: the theme scrolls smoothly, and nothing would have moved yet
+            scroller.scrollTo({left: 1000, behavior: 'instant'});
             const moved = scroller.scrollLeft;
-            scroller.scrollLeft = before;
+            scroller.scrollTo({left: before, behavior: 'instant'});
             if (moved === 0) return [];
             const wide = [...document.body.querySelectorAll('*')]
                 .filter(one => one.getBoundingClientRect().right > width + 1)
@@ -136,13 +137,17 @@ def sideways_scrolling(page: Page) -> list[str]:
 
 
 def cut_off(page: Page) -> list[str]:
-    """Code and formulas that end behind the edge of a box that does not scroll."""
+    """Code, formulas and headings that end behind the edge of a box that does not scroll."""
     return page.evaluate(
         """() => {
             const bad = [];
-            for (const one of document.querySelectorAll('code, pre, mjx-container, table, img')) {
+            const kinds = 'code, pre, mjx-container, table, img, h1, h2, h3, h4, h5, h6';
+            for (const one of document.querySelectorAll(kinds)) {
                 if (!one.checkVisibility({checkVisibilityCSS: true})) continue;
-                const {right, width} = one.getBoundingClientRect();
+                const words = document.createRange();  // a heading is as wide as the page
+                words.selectNodeContents(one);
+                const {right, width} = (/^H/.test(one.tagName) ? words : one)
+                    .getBoundingClientRect();
                 if (width < 2) continue;
                 for (let box = one.parentElement; box; box = box.parentElement) {
                     const flow = getComputedStyle(box).overflowX;

@@ -100,7 +100,10 @@ def test_a_sound_page_passes(tab: Page, origin: str, folder: Path, parts: dict[s
         ("undrawn_images", {"body": "<img alt='none' src='data:image/png;base64,AAAA'>"}),
         ("undrawn_images", {"body": f"<img src='{png(255)}'>"}),
         ("sideways_scrolling", {"body": "<p style='width: 400px'>wide</p>"}),
+        ("sideways_scrolling", {"body": "<p style='width: 400px'>wide</p>",
+                                "style": "html {scroll-behavior: smooth}"}),
         ("cut_off", {"body": "<p style='overflow: hidden'><code>" + "a" * 200}),
+        ("cut_off", {"body": "<div style='overflow: hidden'><h1>" + "a" * 200}),
         ("low_contrast", {"body": GREY.format("color: #777")}),  # 4.48 to 1
         ("low_contrast", {"body": GREY.format("color: #959595; font-size: 24px")}),  # 2.99 to 1
         ("low_contrast", {"body": GREY.format("opacity: 0.4")}),
