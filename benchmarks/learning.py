@@ -7,9 +7,9 @@ Contrastive divergence with one step (CD-1) and persistent chains with one (PCD-
 precision, on the same rows again and again: plain gradient descent in place, and the loss, its
 gradient and the step of an optimiser, by the fused call and by the general route. Five products of
 a batch with W are the least that an update needs; they are timed as one writes them, and into
-memory that is at hand, which at batch 100 can be quicker by a third. Times are processor time on
-one pinned thread, medians of interleaved runs; then the clock's time on two threads. From process
-to process the ratios at batch 100 vary by a tenth: where the arrays come to lie matters.
+memory that is at hand, which at batch 100 is quicker by up to a quarter. Times are processor time
+on one pinned thread, medians of interleaved runs; then the clock's time on two threads. From
+process to process the ratios at batch 100 vary by a tenth and more.
 
 The peers: scikit-learn's BernoulliRBM is PCD-1; rbms 0.5.0 too, with centred gradients scaled to
 unit norm unless told otherwise; learnergy 2.0.2 is CD-1, here without the two quantities that it

@@ -110,6 +110,23 @@ def test_updates_in_place_are_losses_and_steps_of_gradient_descent(rng):
         PersistentChains(Plain(rbm), 20, generator=rng(1)).update(DATA, 0.3)
 
 
+def test_the_chains_of_updates_in_single_precision_follow_the_law(rng):
+    """Their coins are made of 16 bits; from an exact start the chains keep the model's law."""
+    rbm, n = machine(rng).float(), 100_000
+    pi = rbm.log_prob(binary_states(3, dtype=torch.float32)).detach().softmax(0)
+    chains = PersistentChains(rbm, n, generator=rng(1))
+    chains.x = exact_draws(lambda s: rbm.log_prob(s.float()), n, rng, 2).float()
+
+    def chi_square_after_an_update():
+        chains.update(DATA.float(), 1e-30)  # moves no parameter
+        counts = torch.bincount(index(chains.x.double()), minlength=8)
+        return ((counts - n * pi).square() / (n * pi)).sum()
+
+    assert chi_square_after_an_update() < 36.3  # 7 degrees of freedom: 1e-5 is at 35.3 or so
+    chains.hidden_probs = torch.sigmoid(chains.x @ rbm.W.detach())  # forgets a bias
+    assert chi_square_after_an_update() > 100
+
+
 # ---------------------------------------------------------------- fast weights
 
 
