@@ -209,6 +209,20 @@ def test_the_update_is_the_loss_and_a_step_of_gradient_descent(
             probs = next_probs
 
 
+@pytest.mark.parametrize(
+    ("num_visible", "num_hidden", "n"), [(90, 80, 80), (784, 4, 10_000), (6, 4, 2_000)]
+)
+def test_an_update_in_single_precision_rounds_a_few_times(num_visible, num_hidden, n, rng, device):
+    """Not once for each row, as rows do that are added to a weight or a bias one by one."""
+    rbm = randomize(RBM(num_visible, num_hidden, device=device), rng)
+    v = torch.randint(2, (n, num_visible), generator=rng(1)).to(device)
+    exact = copy.deepcopy(rbm).double()
+    x, _ = rbm.contrastive_update(v, 0.3, generator=rng(2, device))
+    two_phases(exact, v, x.double()).backward()
+    for p, q in zip(rbm.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q - 0.3 * q.grad, rtol=0, atol=2e-6)
+
+
 def test_an_update_that_cannot_be_made_changes_nothing(rng):
     rbm, g = randomize(RBM(6, 4), rng), rng(1)
     v = torch.randint(2, (8, 6), generator=g)

@@ -270,7 +270,7 @@ class RBM(nn.Module):
             the parameters moved.
 
         Raises:
-            FloatingPointError: the gradient is NaN or infinite; no parameter has changed.
+            FloatingPointError: a parameter is NaN or infinite; none has changed.
             ValueError, TypeError: as `gibbs`, or the rate is out of range.
 
         >>> rbm = RBM(4, 2, generator=torch.Generator().manual_seed(0))

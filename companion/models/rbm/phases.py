@@ -79,11 +79,15 @@ def contrastive_update(
         )
     x, probs, v, data_probs = centred = _centred(rbm, phases)
     if x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
+        # In place a sum is rounded at W's size, in some shapes once a row: not where rows are many.
+        is_short = max(len(x), len(v)) <= min(weights.shape)
         for states, hidden, share in ((v, data_probs, rate / len(v)), (x, probs, -rate / len(x))):
-            ones = states.new_ones(len(states))
-            weights.addmm_(states.T, hidden, alpha=share)
-            b.addmv_(states.T, ones, alpha=share)
-            c.addmv_(hidden.T, ones, alpha=share)
+            if is_short:
+                weights.addmm_(states.T, hidden, alpha=share)
+            else:
+                weights.add_(states.T @ hidden, alpha=share)
+            b.add_(states.sum(0), alpha=share)
+            c.add_(hidden.sum(0), alpha=share)
     else:  # a batch of machines, or 16-bit products
         with torch.autocast(weights.device.type, enabled=False):  # as `backward` runs
             gradients = _gradients(rbm, centred, 1.0)
