@@ -8,9 +8,9 @@ precision, on the same rows again and again: plain gradient descent in place, an
 gradient and the step of an optimiser, by the fused call and by the general route. Five products of
 a batch with W are the least that an update needs; they are timed as one writes them, and into
 memory that is at hand, which at batch 100 is often a little quicker. Times are processor time
-on one pinned thread, medians of interleaved runs in three set-ups; then the clock's time on two
-threads. From process to process the ratios at batch 100 vary by a tenth, and by more where other
-programs share the cache: an update does more beside its products than they do, and finds it cold.
+on one pinned thread, then the clock's time on two; programs take turns, and ratios are medians over
+the turns of five set-ups, with their middle half. Where other programs share the cache, the ratios
+rise: an update does more beside its products than they do, and finds it cold.
 
 The peers: scikit-learn's BernoulliRBM is PCD-1; rbms 0.5.0 too, with centred gradients scaled to
 unit norm unless told otherwise; learnergy 2.0.2 is CD-1, here without the two quantities that it
@@ -20,10 +20,6 @@ monitors at every batch.
 import argparse
 import functools
 import math
-import os
-import statistics
-import subprocess
-import sys
 
 import timing  # first: it sets the number of threads
 
@@ -39,6 +35,7 @@ from companion.objectives import PersistentChains, contrastive_divergence
 
 torch.set_num_threads(timing.THREADS)
 NUM_VISIBLE, NUM_HIDDEN, RATE = 784, 500, 0.01
+NUM_SETUPS = 5  # where memory lies matters, so the programs are set up anew
 
 
 class Protocol:
@@ -153,31 +150,40 @@ def ten_times(run):
 def programs(v):
     """All that is timed, each with memory of its own."""
     n = len(v)
-    runs = {
+    return {
         "five products": products(n),
         "five products, memory at hand": products_at_hand(n),
         "companion CD-1, in place": in_place(v, "CD-1"),
         "companion PCD-1, in place": in_place(v, "PCD-1"),
         "companion CD-1": companion(v, "CD-1", fused=True),
         "companion CD-1, general route": companion(v, "CD-1", fused=False),
-        "companion CD-1, bfloat16": companion(v, "CD-1", fused=True, sixteen_bits=True),
         "companion PCD-1": companion(v, "PCD-1", fused=True),
         "companion PCD-1, general route": companion(v, "PCD-1", fused=False),
         "scikit-learn (PCD-1)": scikit_learn(v),
         "rbms (PCD-1)": rbms(v),
         "learnergy (CD-1)": learnergy(v),
     }
-    return {name: functools.partial(ten_times, run) for name, run in runs.items()}
 
 
-def speed(n, repeats):
+def sixteen_bit_programs(v):
+    """Those that are too slow without instructions of their own to wait for in every turn."""
+    return {
+        "five products": products(len(v)),
+        "companion CD-1": companion(v, "CD-1", fused=True),
+        "companion CD-1, bfloat16": companion(v, "CD-1", fused=True, sixteen_bits=True),
+    }
+
+
+def speed(set_up, n, repeats):
     v = (torch.rand(n, NUM_VISIBLE, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    # Where memory lies matters, so the programs are set up anew.
-    setups = [timing.compare(programs(v), repeats) for _ in range(3)]
-    medians = {name: statistics.median(setup[name] for setup in setups) for name in setups[0]}
+    seconds = {}
+    for _ in range(NUM_SETUPS):
+        runs = {name: functools.partial(ten_times, run) for name, run in set_up(v).items()}
+        for name, turns in timing.compare(runs, repeats).items():
+            seconds.setdefault(name, []).extend(turns)
     threads = "one thread" if timing.THREADS == 1 else f"{timing.THREADS} threads, by the clock"
     title = f"One update of a {NUM_VISIBLE} x {NUM_HIDDEN} RBM, batch {n}, {threads}"
-    timing.report(title, medians, 10.0, "microseconds", "five products")
+    timing.report(title, seconds, 10.0, "microseconds", "five products")
 
 
 def cost_of_sixteen_bits(num_epochs, num_seeds=8):
@@ -217,12 +223,12 @@ def main():
     parser = argparse.ArgumentParser(description="Time learning beside its peers.")
     parser.add_argument("--quick", action="store_true", help="few repeats")
     quick = parser.parse_args().quick
-    for n in (100, 500):
-        speed(n, 1 if quick else 5)
+    for n, repeats in ((100, 12), (500, 4)):
+        speed(programs, n, 1 if quick else repeats)
+        speed(sixteen_bit_programs, n, 1)
     if timing.THREADS == 1:
         cost_of_sixteen_bits(5 if quick else 60)
-        command = [sys.executable, __file__, *(["--quick"] if quick else [])]
-        subprocess.run(command, env=os.environ | {"BENCH_THREADS": "2"}, check=True)
+        timing.again_on_two_threads()
 
 
 if __name__ == "__main__":

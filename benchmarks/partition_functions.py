@@ -11,9 +11,7 @@ clock's time on two threads. A schedule of 10,000 costs 33 times as much.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import statistics
 
 import timing  # first: it sets the number of threads
 
@@ -73,11 +71,10 @@ def main():
     )
     seconds = timing.compare(runs, 3 if quick else 9)
     timing.report(title, seconds, TIMED, "microseconds", "two products")
-    whole = seconds["companion, AIS"] * NUM_BETAS / TIMED
+    whole = statistics.median(seconds["companion, AIS"]) * NUM_BETAS / TIMED
     print(f"\n{NUM_BETAS:,} temperatures: {whole:.0f} seconds")
     if timing.THREADS == 1:
-        command = [sys.executable, __file__, *(["--quick"] if quick else [])]
-        subprocess.run(command, env=os.environ | {"BENCH_THREADS": "2"}, check=True)
+        timing.again_on_two_threads()
 
 
 if __name__ == "__main__":

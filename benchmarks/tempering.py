@@ -12,6 +12,7 @@ weights are root mean squares over independent runs.
 
 import argparse
 import math
+import statistics
 
 import timing  # first: it sets the number of threads
 
@@ -201,7 +202,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|")
     for name in runs:
         count, (log_z, weights) = evaluations[name], errors[name]
-        each = 1e6 * seconds[name] / count
+        each = 1e6 * statistics.median(seconds[name]) / count
         scaled = log_z * (count / 1e6) ** 0.5
         print(
             f"| {name} | {count:,.0f} | {each:.3f} | {log_z:.4f} | {scaled:.4f} | {weights:.4f} |"
