@@ -1,4 +1,4 @@
-"""Fair timings: one pinned thread, processor time, peers interleaved, medians.
+"""Fair timings: one pinned thread, processor time, peers interleaved, ratios turn by turn.
 
 Import this module before torch and JAX: both read the number of threads when they start. With
 BENCH_THREADS=2 in the environment there are two, not pinned, and the time is the clock's.
