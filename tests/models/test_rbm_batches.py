@@ -216,11 +216,17 @@ def test_an_update_in_single_precision_rounds_a_few_times(num_visible, num_hidde
     """Not once for each row, as rows do that are added to a weight or a bias one by one."""
     rbm = randomize(RBM(num_visible, num_hidden, device=device), rng)
     v = torch.randint(2, (n, num_visible), generator=rng(1)).to(device)
-    exact = copy.deepcopy(rbm).double()
+    exact, by_loss = copy.deepcopy(rbm).double(), copy.deepcopy(rbm)
     x, _ = rbm.contrastive_update(v, 0.3, generator=rng(2, device))
     two_phases(exact, v, x.double()).backward()
     for p, q in zip(rbm.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(p.double(), q - 0.3 * q.grad, rtol=0, atol=2e-6)
+    exact.zero_grad()
+    loss, x, _ = by_loss.contrastive_step(v, generator=rng(2, device))
+    loss.backward()
+    two_phases(exact, v, x.double()).backward()
+    for p, q in zip(by_loss.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(0.3 * p.grad.double(), 0.3 * q.grad, rtol=0, atol=2e-6)
 
 
 def test_an_update_that_cannot_be_made_changes_nothing(rng):

@@ -79,10 +79,9 @@ def contrastive_update(
         )
     x, probs, v, data_probs = centred = _centred(rbm, phases)
     if x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
-        # In place a sum is rounded at W's size, in some shapes once a row: not where rows are many.
-        is_short = max(len(x), len(v)) <= min(weights.shape)
+        in_place = _may_add_in_place(weights, x, v)
         for states, hidden, share in ((v, data_probs, rate / len(v)), (x, probs, -rate / len(x))):
-            if is_short:
+            if in_place:
                 weights.addmm_(states.T, hidden, alpha=share)
             else:
                 weights.add_(states.T @ hidden, alpha=share)
@@ -144,8 +143,8 @@ def _gradients(rbm: RBM, phases: _Phases, scale: Tensor | float) -> list[Tensor]
     probs, data_probs = scale * probs, scale * data_probs  # spares a pass over W
     gradients = (
         _mean_products(x, probs, v, data_probs),
-        scale * (_mean(x) - _mean(v)),
-        _mean(probs) - _mean(data_probs),
+        scale * (x.mean(-2) - v.mean(-2)),
+        probs.mean(-2) - data_probs.mean(-2),
     )
     # leading dimensions beyond the batch of machines are summed over
     shaped = zip(gradients, rbm.parameters(), strict=True)
@@ -161,11 +160,11 @@ def _mean_products(x: Tensor, x_probs: Tensor, v: Tensor, v_probs: Tensor) -> Te
     """The difference of the mean outer products, `(..., n, D), (..., n, H) -> (..., D, H)`."""
     product = x.mT @ x_probs
     v, v_probs = v.to(product.dtype), v_probs.to(product.dtype)
-    if x.ndim == v.ndim == 2:
+    if x.ndim == v.ndim == 2 and _may_add_in_place(product, x, v):
         return product.addmm_(v.mT, v_probs, beta=1.0 / len(x), alpha=-1.0 / len(v))
     return product / x.shape[-2] - v.mT @ v_probs / v.shape[-2]
 
 
-def _mean(x: Tensor) -> Tensor:
-    """The mean over the rows, `(..., n, units) -> (..., units)`, faster as a product."""
-    return x.new_full((x.shape[-2],), 1.0 / x.shape[-2]) @ x
+def _may_add_in_place(weights: Tensor, x: Tensor, v: Tensor) -> bool:
+    """Whether rows are few: in place, some shapes add and round at W's size once for each row."""
+    return max(len(x), len(v)) <= min(weights.shape)
