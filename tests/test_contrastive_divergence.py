@@ -170,3 +170,27 @@ def test_one_hidden_unit_rests_where_the_likelihood_does(rng):
         assert ((p0 - p) @ moments).abs().max() < 1e-12
         moved = (p0 @ up @ down - p).abs().max()
         assert (moved < 1e-12) == (num_hidden == 1)
+
+
+def test_late_and_noisy_chains_are_a_pendulum_in_gusts_of_wind():
+    """The variance of a parameter, from the linear process itself and not from its formula."""
+    rate, curvature, tau, variance = 0.2, 2.4, 100.0, 0.03
+    gusts = torch.tensor([0.0, 4.0 * variance / tau], dtype=F64).diag()
+
+    def stationary(drift):
+        """The covariance S of dx = A x dt + noise: A S + S A' + gusts = 0."""
+        eye = torch.eye(2, dtype=F64)
+        system = torch.kron(drift, eye) + torch.kron(eye, drift)
+        return torch.linalg.solve(system, -gusts.flatten()).view(2, 2)
+
+    follows = 2.0 / tau * torch.tensor([[0.0, 0.0], [curvature, -1.0]], dtype=F64)
+    learns = torch.tensor([[0.0, -rate], [0.0, 0.0]], dtype=F64)
+    theta = stationary(learns + follows)[0, 0]
+    torch.testing.assert_close(
+        theta, torch.tensor(rate * tau * variance / (2 * curvature), dtype=F64)
+    )
+    # Noise of the same memory that does not follow the machine, beside an exact slope.
+    alone = torch.tensor([[-rate * curvature, -rate], [0.0, -2.0 / tau]], dtype=F64)
+    noise = stationary(alone)
+    torch.testing.assert_close(noise[1, 1], torch.tensor(variance, dtype=F64))
+    torch.testing.assert_close(noise[0, 0], theta / (1 + rate * curvature * tau / 2))
