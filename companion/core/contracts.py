@@ -21,7 +21,14 @@ __all__ = [
 ]
 
 LogProb: TypeAlias = Callable[[Tensor], Tensor]
-"""An unnormalised log-density, which maps `(..., *event)` to `(...)`."""
+"""An unnormalised log-density, which maps `(..., *event)` to `(...)`.
+
+Samplers ask for it everywhere, also at points that they then reject: outside its support it must be
+minus infinity, and it must not raise, not for NaN either. The `log_prob` of a `torch.distributions`
+object plugs in where the support is all of space; with `validate_args=False` it does not raise when
+a trajectory diverges. Where the support is bounded, sample a transformed variable (a logarithm,
+say), or set the density to minus infinity by `torch.where`.
+"""
 
 
 # ---------------------------------------------------------------- log-densities

@@ -91,7 +91,8 @@ class BoltzmannMachine(nn.Module):
         """
         check_real("smoothing", smoothing, minimum=0.0)
         v = self._check(v).flatten(0, -2)
-        self.b.copy_(torch.logit((v.sum(0) + smoothing) / (len(v) + 2.0 * smoothing)))
+        counts = v.sum(0, dtype=torch.float64) + smoothing  # 16 bits do not hold a count
+        self.b.copy_(torch.logit(counts / (len(v) + 2.0 * smoothing)))
 
     # ------------------------------------------------------------ energies
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from companion.inputs import check_count, check_generator
-from companion.objectives.rows import check_rows
+from companion.objectives.rows import check_binary_rows
 from companion.testing import binary_states
 
 __all__ = ["generalized_pseudolikelihood", "pseudolikelihood", "ratio_matching"]
@@ -47,7 +47,8 @@ def pseudolikelihood(
         a row.
 
     Raises:
-        ValueError: `v` is a vector, is empty or not finite, or `num_units` is out of range.
+        ValueError: `v` is a vector, is empty, or holds anything but zeros and ones; `num_units` is
+            out of range.
 
     Reference: Besag (1975), *Statistical analysis of non-lattice data*.
 
@@ -155,7 +156,7 @@ def _log_odds(
     model: Any, v: Tensor, num_units: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """`log p(v_i | v_-i) / p(1 - v_i | v_-i)` of all units or of some, `(units, ..., n)`."""
-    check_rows(v)
+    check_binary_rows(v)
     check_generator(generator, v.device)
     num_visible = v.shape[-1]
     units = torch.arange(num_visible, device=v.device)
@@ -163,7 +164,7 @@ def _log_odds(
         if check_count("num_units", num_units) > num_visible:
             raise ValueError(f"num_units is {num_units} but v has only {num_visible} units")
         units = torch.randperm(num_visible, generator=generator, device=v.device)[:num_units]
-    log_prob = model.log_prob(v)  # also checks that v is binary
+    log_prob = model.log_prob(v)
     v = v.expand(*log_prob.shape, num_visible)  # a batch of models may share its data
     flip = torch.zeros(len(units), num_visible, dtype=torch.bool, device=v.device)
     flip.scatter_(1, units[:, None], True)
@@ -173,11 +174,11 @@ def _log_odds(
 
 
 def _block_rows(model: Any, v: Tensor, blocks: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
-    check_rows(v)
+    check_binary_rows(v)
     listed = [_block(block, v) for block in blocks]
     if not listed:
         raise ValueError("blocks is empty: there is no unit to predict")
-    log_prob = model.log_prob(v)  # also checks that v is binary
+    log_prob = model.log_prob(v)
     v = v.expand(*log_prob.shape, v.shape[-1])  # a batch of models may share its data
     total = torch.zeros_like(log_prob)
     for units, states in listed:  # blocks may differ in size
@@ -189,7 +190,8 @@ def _block_rows(model: Any, v: Tensor, blocks: Sequence[Tensor | tuple[Tensor, T
 
 def _block(block: Tensor | tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
     """The units and the states of a block, on the device of `v` and in its dtype."""
-    given, states = block if isinstance(block, tuple) else (block, None)
+    listed = isinstance(block, tuple) and len(block) == 2 and torch.as_tensor(block[1]).ndim > 0
+    given, states = block if listed else (block, None)
     units = torch.as_tensor(given, device=v.device)
     if units.ndim != 1 or not len(units) or units.is_floating_point():
         raise ValueError(f"a block must be a vector of unit numbers, got {given!r}")
@@ -204,9 +206,9 @@ def _block(block: Tensor | tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, Te
                 f"got {len(units)}; take smaller blocks, or list the states that can occur"
             )
         return units, binary_states(len(units), device=v.device).to(v.dtype)
+    states = torch.as_tensor(states, device=v.device).to(v.dtype)
     if states.ndim != 2 or states.shape[1] != len(units):
         raise ValueError(f"states must be (m, {len(units)}), got {tuple(states.shape)}")
-    states = states.to(device=v.device, dtype=v.dtype)
     if len(torch.unique(states, dim=0)) < len(states):
         raise ValueError("a block's states must be listed once; some are listed twice")
     found = (v[..., None, units] == states).all(-1).any(-1)

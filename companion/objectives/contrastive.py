@@ -16,6 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from companion.objectives.rows import check_binary_rows
 from companion.testing import binary_states
 
 __all__ = ["GibbsModel", "contrastive_divergence", "maximum_likelihood", "two_phases"]
@@ -99,7 +100,8 @@ def maximum_likelihood(model: GibbsModel, v: Tensor) -> Tensor:
         scalar loss in nats a row, summed over a batch of machines.
 
     Raises:
-        ValueError: the model rejects `v`, or has too many states to sum over (2^16).
+        ValueError: the model rejects `v`, or has too many states to sum over (2^16); without a
+            `log_normalizer`, `v` holds anything but zeros and ones.
 
     >>> from companion.models.rbm import RBM
     >>> rbm = RBM(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -117,5 +119,6 @@ def maximum_likelihood(model: GibbsModel, v: Tensor) -> Tensor:
             f"maximum_likelihood sums over all 2^n states and stops at n = {_MAX_UNITS}, but v has "
             f"{num_units} units; learn by PersistentChains instead"
         )
+    check_binary_rows(v)  # a model may take other values, which the sum would leave out
     states = binary_states(num_units, device=v.device, dtype=log_prob.dtype)
     return model.log_prob(states).logsumexp(-1).sum() - log_prob.mean(-1).sum()

@@ -102,7 +102,7 @@ def tweedie(model: Any, x: Tensor, sigma: Tensor | float) -> Tensor:
     >>> tweedie(Normal(), torch.tensor([[3.0, -1.0]]), 1.0)
     tensor([[ 1.5000, -0.5000]])
     """
-    check_finite("x", x)
+    _check_points(x)
     if isinstance(sigma, Tensor):
         _check_positive("sigma", sigma)
         sigma = sigma.to(x).expand(x.shape[:-1])
@@ -164,7 +164,7 @@ def annealed_langevin(
     _check_scales("sigmas", sigmas)
     if (sigmas.diff() > 0).any():
         raise ValueError(f"sigmas must fall from the largest to the smallest, got {sigmas}")
-    check_finite("x", x)
+    _check_points(x)
     check_count("num_steps", num_steps)
     check_real("step_size", step_size, minimum=0.0)
     check_generator(generator, x.device)
@@ -175,6 +175,12 @@ def annealed_langevin(
             noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             x = x + a / 2 * _score(model, x, of_rows).detach() + a.sqrt() * noise
     return check_finite("the chains' last states", x)
+
+
+def _check_points(x: Tensor) -> None:
+    check_finite("x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating, got {x.dtype}; convert it with .float()")
 
 
 def _denoising_rows(model: Any, v: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:

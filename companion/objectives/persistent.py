@@ -94,7 +94,7 @@ class PersistentChains(_Chains):
 
     @property
     def x(self) -> Tensor:
-        """The chains' present states, `(num_chains, D)`; may be set."""
+        """The chains' present states, `(num_chains, D)`; may be set, by assignment."""
         return self._x
 
     @x.setter
@@ -213,16 +213,23 @@ class FastPersistentChains(_Chains):
     ) -> Tensor:
         """Advance the chains and the fast weights; return the loss, as `PersistentChains.loss`."""
         parameters = list(self.model.parameters())
+        learned = [p for p in parameters if p.requires_grad]
         with torch.enable_grad():
             positive = self.model.log_prob(v).mean(-1).sum()  # checks v before the chains move
             self._push(parameters)
             generator = generator or self.generator
             self.x = self._pushed.gibbs(self.x, num_steps, generator=generator)
             loss = self.model.log_prob(self.x).mean(-1).sum() - positive
-            gradients = torch.autograd.grad(loss, parameters)
-        flat = torch.cat([g.flatten() for g in gradients])
+            gradients = torch.autograd.grad(loss, learned)
+        found = iter(gradients)
+        flat = torch.cat(
+            [
+                (next(found) if p.requires_grad else torch.zeros_like(p)).flatten()
+                for p in parameters
+            ]
+        )
         self.fast = self.decay * self.fast - self.fast_rate * flat
-        return with_gradients(loss.detach(), parameters, gradients)
+        return with_gradients(loss.detach(), learned, gradients)
 
     @torch.no_grad()
     def _push(self, parameters: list[nn.Parameter]) -> None:

@@ -56,6 +56,8 @@ class Ising:
             if isinstance(given, Tensor) and given.is_floating_point():
                 device, dtype = device or given.device, dtype or given.dtype
         dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
         self.coupling = torch.as_tensor(coupling, device=device, dtype=dtype)
         self.field = torch.as_tensor(field, device=self.coupling.device, dtype=dtype)
         check_finite("coupling", self.coupling)

@@ -82,6 +82,8 @@ class CentredRBM(RBM):
         """
         check_real("rate", rate, minimum=0.0, maximum=1.0 + 1e-12)
         v = self._check_units("v", v, self.num_visible)
+        if v.ndim < 2:
+            raise ValueError(f"v must be a matrix (n, {self.num_visible}), got {tuple(v.shape)}")
         b, c = self.b, self.c
         hidden = self.hidden_probs(v)
         for offset, x in ((self.visible_offset, v), (self.hidden_offset, hidden)):

@@ -116,7 +116,7 @@ class LabelRBM(nn.Module):
         """
         check_real("smoothing", smoothing, minimum=0.0)
         v = self._check_visible(v).reshape(-1, self.num_visible + self.num_labels)
-        counts = v.sum(0) + smoothing
+        counts = v.sum(0, dtype=torch.float64) + smoothing  # 16 bits do not hold a count
         units, labels = counts[: self.num_visible], counts[self.num_visible :]
         self.b.copy_(torch.logit(units / (len(v) + 2.0 * smoothing)))
         self.d.copy_((labels / labels.sum()).log())

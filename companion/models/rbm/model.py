@@ -88,7 +88,10 @@ class RBM(nn.Module):
         v = self._check_units("v", v, self.num_visible)
         if not self.batch_shape:
             v = v.reshape(-1, self.num_visible)
-        self._set_visible_bias((v.sum(-2) + smoothing) / (v.shape[-2] + 2.0 * smoothing))
+        rows = (*range(v.ndim - 2 - len(self.batch_shape)), v.ndim - 2)  # those of one machine
+        total = math.prod(v.shape[i] for i in rows) + 2.0 * smoothing
+        counts = v.sum(rows, dtype=torch.float64) + smoothing  # 16 bits do not hold a count
+        self._set_visible_bias(counts / total)
 
     def _set_visible_bias(self, mean: Tensor) -> None:
         self.b.copy_(torch.logit(mean))
@@ -100,7 +103,11 @@ class RBM(nn.Module):
     @torch.no_grad()
     def _member(self, i: int) -> RBM:
         member = type(self)(
-            self.num_visible, self.num_hidden, device=self.W.device, dtype=self.W.dtype
+            self.num_visible,
+            self.num_hidden,
+            generator=torch.Generator(self.W.device),  # leaves the global one alone
+            device=self.W.device,
+            dtype=self.W.dtype,
         )
         num_batch = len(self.batch_shape)
         state = {

@@ -69,14 +69,13 @@ def contrastive_update(
 ) -> tuple[Tensor, Tensor]:
     """What `RBM.contrastive_update` does."""
     check_real("rate", rate, minimum=0.0)
-    phases, _ = _both_phases(rbm, v, num_steps, hidden_probs, generator, draw=coins)
     weights, b, c = rbm.parameters(recurse=False)
-    # A NaN in W or c reaches the hidden units of the data, whatever state it is in.
-    if not math.isfinite((phases[3].sum() + b.sum()).item()):
+    if not math.isfinite((weights.sum() + b.sum() + c.sum()).item()):
         raise FloatingPointError(
             "a parameter is NaN or infinite, so no update was made: go back to a state that was "
             "good, and take a lower rate"
         )
+    phases, _ = _both_phases(rbm, v, num_steps, hidden_probs, generator, draw=coins)
     x, probs, v, data_probs = centred = _centred(rbm, phases)
     if x.ndim == v.ndim == 2 and x.dtype == weights.dtype:
         in_place = _may_add_in_place(weights, x, v)
@@ -113,6 +112,10 @@ def _both_phases(
     check_count("num_steps", num_steps)
     check_generator(generator, weights.device)
     v = rbm._check_units("v", v, rbm.num_visible)
+    if v.ndim < 2:
+        raise ValueError(f"v must be a matrix (n, {rbm.num_visible}), got {tuple(v.shape)}")
+    if hidden_probs is not None:
+        _check_probs(hidden_probs, rbm)
     log_probs = []
     # In place where it can be: fresh memory for a batch costs as much as the arithmetic.
     data_probs = (v @ weights).add_(row(c))
@@ -128,6 +131,15 @@ def _both_phases(
             log_probs.append(_mean_log_prob(x, probs, b))
         probs.sigmoid_()
     return (x, probs, v, data_probs), log_probs
+
+
+def _check_probs(probs: Tensor, rbm: RBM) -> None:
+    dtypes = (rbm.W.dtype, torch.bfloat16, torch.float16)  # 16 bits come from autocast
+    if probs.ndim < 2 or probs.shape[-1] != rbm.num_hidden or probs.dtype not in dtypes:
+        raise ValueError(
+            f"hidden_probs must be (..., m, {rbm.num_hidden}) of {rbm.W.dtype}, as the last call "
+            f"returned it, got {tuple(probs.shape)} of {probs.dtype}"
+        )
 
 
 def _mean_log_prob(x: Tensor, hidden_inputs: Tensor, b: Tensor) -> Tensor:

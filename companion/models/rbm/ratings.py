@@ -27,6 +27,8 @@ from companion.models.rbm.units import (
 
 __all__ = ["RatingRBM"]
 
+_SETS_AT_ONCE = 1000  # sets of rated items whose sums are kept for a block of hidden states
+
 
 class RatingRBM(nn.Module):
     """A restricted Boltzmann machine for recommendation (Salakhutdinov, Mnih and Hinton 2007).
@@ -100,7 +102,8 @@ class RatingRBM(nn.Module):
         """
         check_real("smoothing", smoothing, minimum=0.0)
         one_hot = self._one_hot(self._check_ratings(ratings))
-        counts = one_hot.reshape(-1, *self.b.shape).sum(0) + smoothing
+        # 16 bits do not hold a count
+        counts = one_hot.reshape(-1, *self.b.shape).sum(0, dtype=torch.float64) + smoothing
         self.b.copy_((counts / counts.sum(-1, keepdim=True)).log())
 
     # ------------------------------------------------------------ energies
@@ -148,14 +151,18 @@ class RatingRBM(nn.Module):
         >>> rbm.log_z(torch.tensor([[True, False], [True, True]])).value.exp()
         tensor([10.0000, 50.0000], dtype=torch.float64)
         """
-        masks = self._check_rated(rated).double().reshape(-1, self.num_items)
+        masks = self._check_rated(rated).reshape(-1, self.num_items)
+        sets, which = torch.unique(masks, dim=0, return_inverse=True)
         weights, bias = self._flat_parameters()
 
-        def sum_out(inputs: Tensor) -> Tensor:
-            return inputs.reshape(-1, *self.b.shape).logsumexp(-1) @ masks.T
+        def log_sums(some: Tensor) -> Tensor:
+            def sum_out(inputs: Tensor) -> Tensor:
+                return inputs.reshape(-1, *self.b.shape).logsumexp(-1) @ some.T
 
-        total = log_sum_states(weights.T, self.c, bias, sum_out)
-        return LogZ(total.reshape(rated.shape[:-1]), 0.0)
+            return log_sum_states(weights.T, self.c, bias, sum_out)
+
+        totals = torch.cat([log_sums(some) for some in sets.double().split(_SETS_AT_ONCE)])
+        return LogZ(totals[which].reshape(rated.shape[:-1]), 0.0)
 
     # ------------------------------------------------------------ prediction
 
