@@ -8,23 +8,24 @@ parts of a run: models, optimisers, chains, generators.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "digest", "layout", "load_state", "save_state", "stateful"]
+from companion.carried import stateful
+
+__all__ = ["Checkpoint", "digest", "layout", "load_state", "save_state", "state_of", "stateful"]
 
 _KEY = "companion"  # the one metadata entry; with two, their order in the file would be random
 _VERSION = 1
+_DTYPES = r"bool|u?int(8|16|32|64)|b?float16|float(32|64)|float[48]_\w+|complex64"  # of safetensors
 
 
 def save_state(path: str | os.PathLike[str], state: Any) -> None:
@@ -37,7 +38,8 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
     Args:
         path: where to save; its folder must exist.
         state: tensors, numbers, strings and None in dicts (keys: strings or integers), lists and
-            tuples, nested as you like. Tensors are saved from any device.
+            tuples, nested as you like. Tensors are saved from any device. They are dense and of a
+            dtype that safetensors knows (complex128 is none).
 
     Raises:
         TypeError: something else is in `state`; the message says where.
@@ -128,14 +130,14 @@ class Checkpoint:
 
     def save(self) -> None:
         """Replace the file by the present state of all parts."""
-        save_state(self.path, {"settings": self.settings, "parts": _state_of(self.parts)})
+        save_state(self.path, {"settings": self.settings, "parts": state_of(self.parts)})
 
     def resume(self) -> bool:
         """Load all parts; False, and nothing done, if there is no file.
 
         Raises:
-            ValueError: the file is damaged, foreign, or was saved under other settings; then no
-                part has been touched.
+            ValueError: the file is damaged, foreign, or was saved under other settings or with
+                other parts; then no part has been touched.
         """
         if not self.path.exists():
             return False
@@ -147,7 +149,7 @@ class Checkpoint:
             f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(then.keys() | now.keys())
             if then.get(name) != now.get(name)
-        ]
+        ] + _misfits("", self.parts, saved["parts"])
         if different:
             raise ValueError(
                 f"{self.path} belongs to a run with other arguments: {'; '.join(different)}. Give "
@@ -155,39 +157,6 @@ class Checkpoint:
             )
         _load_into(self.parts, saved["parts"])
         return True
-
-
-def stateful(function: Callable[..., Any], *others: Any) -> dict[str, Any]:
-    """The objects whose state a function carries from call to call, by name.
-
-    Args:
-        function: a function, method, partial function or callable object.
-        others: objects that do not count.
-
-    Returns:
-        what has `load_state_dict` and is the function itself, the object it is a method of, or a
-        global, enclosing or partial argument of it.
-
-    >>> layer = torch.nn.Linear(1, 1)
-    >>> [list(stateful(f)) for f in (lambda x: layer(x), layer.forward, layer, torch.exp)]
-    [['layer'], ['self'], ['self'], []]
-    >>> stateful(layer.forward, layer)
-    {}
-    """
-    found: dict[str, Any] = {}
-    while isinstance(function, functools.partial):
-        found |= {str(i): argument for i, argument in enumerate(function.args)} | function.keywords
-        function = function.func
-    found["self"] = getattr(function, "__self__", function)
-    if inspect.isfunction(function):
-        used = inspect.getclosurevars(function)
-        found |= {**used.globals, **used.nonlocals}
-    return {
-        name: x
-        for name, x in found.items()
-        if hasattr(x, "load_state_dict") and not isinstance(x, type)
-        if all(x is not other for other in others)
-    }
 
 
 def layout(name: str, state: Any) -> dict[str, str]:
@@ -205,12 +174,25 @@ def layout(name: str, state: Any) -> dict[str, str]:
     return found
 
 
-def _state_of(part: Any) -> Any:
+def state_of(part: Any) -> Any:
+    """The state of an object, a generator or None; of a dict of these, a dict of states."""
     if isinstance(part, dict):
-        return {name: _state_of(inner) for name, inner in part.items()}
+        return {name: state_of(inner) for name, inner in part.items()}
     if isinstance(part, torch.Generator):
         return part.get_state()
     return None if part is None else part.state_dict()
+
+
+def _misfits(name: str, part: Any, state: Any) -> list[str]:
+    """Where parts and a saved state are not made of the same things."""
+    if isinstance(part, dict):
+        if not isinstance(state, dict) or state.keys() != part.keys():
+            then = sorted(map(str, state)) if isinstance(state, dict) else "something else"
+            return [f"{name or 'the run'} held {then} and holds {sorted(part)}"]
+        return [x for key in part for x in _misfits(_join(name, key), part[key], state[key])]
+    if (part is None) != (state is None):
+        return [f"{name} was {'no' if state is None else 'a'} part of it"]
+    return []
 
 
 def _load_into(part: Any, state: Any) -> None:
@@ -237,7 +219,14 @@ def _encode(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`node` as JSON; its tensors go to `tensors`, and what JSON lacks becomes a tagged dict."""
     if isinstance(node, Tensor):
         name = name or "state"
-        while name in tensors:  # {"a.b": x, "a": {"b": y}} asks for the same name twice
+        dtype, is_dense = str(node.dtype).removeprefix("torch."), node.layout == torch.strided
+        if not re.fullmatch(_DTYPES, dtype) or not is_dense or node.is_nested or node.is_meta:
+            raise TypeError(
+                f"cannot save {name}, a {node.layout} tensor of {dtype} on {node.device}: tensors "
+                "must be dense, have values and be of a dtype that safetensors knows; convert it"
+            )
+        # {"a.b": x, "a": {"b": y}} asks for the same name twice; the header has one for itself.
+        while name in tensors or name == "__metadata__":
             name += "'"
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[name] = node.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from companion.inputs import check_count, check_finite, check_generator
-from companion.storage import Checkpoint, digest, layout, stateful
+from companion.storage import Checkpoint, digest, layout, state_of, stateful
 
 __all__ = ["History", "Loss", "Monitor", "fit"]
 
@@ -31,7 +31,7 @@ Monitor: TypeAlias = Callable[[nn.Module], Mapping[str, float]]
 """Quantities by name, worked out from the model without gradients."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class History:
     """What `fit` recorded. Everything is float64 on the CPU, except `epochs`.
 
@@ -73,12 +73,15 @@ def fit(
     Every epoch shuffles the rows anew and uses each of them once; where `batch_size` does not
     divide their number, the last batch is smaller.
 
-    With `checkpoint`, the whole state of the run is saved after every epoch. Call `fit` again with
-    the same arguments, in a new process or the same, and it goes on from there; a finished run
-    returns at once; a larger `num_epochs` prolongs it. Saved are the model, optimiser, scheduler,
-    generator, history and the state of the loss: any object with `state_dict` and
-    `load_state_dict` that `loss` is a method of, or that it uses as a global, enclosing or partial
-    argument (so both `chains.loss` and `lambda v, generator: chains.loss(v, 5, ...)` resume).
+    With `checkpoint`, the whole state of the run is saved at the start and after every epoch. Call
+    `fit` again with the same arguments, in a new process or the same, and it goes on from there; a
+    finished run returns at once; a larger `num_epochs` prolongs it. Saved are the model, optimiser,
+    scheduler, generator, history and what the loss carries: generators and any object with
+    `state_dict` and `load_state_dict` (persistent chains) that `loss`, or a function it uses, has
+    as a global, enclosing variable, default or partial argument, or is a method of; also in lists,
+    tuples, dicts and attributes of these. Attributes of classes and Python modules, bare tensors,
+    and the random numbers of Python and NumPy are not. NAdam and ASGD in double precision resume up
+    to rounding: PyTorch turns the factors they keep in single precision into doubles.
 
     Args:
         model: the model to train.
@@ -94,9 +97,9 @@ def fit(
         monitor: `monitor(model)` gives a dict of numbers. It is called before the first epoch and
             after every `monitor_every` epochs, without gradients. If it draws random numbers, let
             it seed a generator of its own each time.
-        monitor_every: epochs between two looks.
-        stop_on: name of a monitored quantity, the higher the better. The model ends with the
-            parameters that had the highest value.
+        monitor_every: epochs between two looks; with `stop_on`, the last epoch gets one anyway.
+        stop_on: name of a monitored quantity, the higher the better. The model, and what else the
+            optimiser trains, end with the parameters that had the highest value.
         patience: stop when so many looks in a row brought no new best.
         checkpoint: file that the state of the run is saved to and resumed from.
         progress: show a progress bar.
@@ -105,9 +108,9 @@ def fit(
         a `History`, of all epochs since the first, resumed or not.
 
     Raises:
-        FloatingPointError: the loss, a gradient or a parameter became NaN or infinite, or `stop_on`
-            became NaN. The parameters are put back to those at which loss and gradient were last
-            finite; the checkpoint is that of the last whole epoch.
+        FloatingPointError: the loss, a gradient or a parameter became NaN or infinite; then the
+            parameters are put back to those at which loss and gradient were last finite. Or
+            `stop_on` became NaN; then they stay as they are. The checkpoint is the last one saved.
         ValueError: an argument is out of range, or the checkpoint belongs to another run.
         TypeError: an argument is of the wrong type.
 
@@ -133,10 +136,12 @@ def fit(
         raise ValueError("patience needs stop_on, the name of the quantity to watch")
     if patience is not None:
         check_count("patience", patience)
-    record = _Record(num_epochs, stop_on, patience)
+    own = {id(p) for p in model.parameters()}
+    beside = [p for p in _trained(optimizer) if id(p) not in own]  # parameters of the loss
+    record = _Record(num_epochs, stop_on, patience, beside)
     saved = None
     if checkpoint is not None:
-        carried = stateful(loss, model, optimizer, scheduler)
+        carried = stateful(loss, model, optimizer, scheduler, generator)
         parts = {"record": record, "model": model, "optimizer": optimizer, "scheduler": scheduler}
         parts |= {"loss": carried, "generator": generator}
         settings = _settings(model, optimizer, scheduler, carried, data, generator)
@@ -146,6 +151,8 @@ def fit(
     resumed = saved is not None and saved.resume()
     if monitor is not None and not resumed:
         record.look(monitor, model)
+    if saved is not None and not resumed:
+        saved.save()  # whoever is interrupted in the first epoch resumes too
 
     last_good = [p.detach().clone() for p in _trained(optimizer)]
     with tqdm(total=num_epochs, initial=len(record.loss), disable=not progress) as bar:
@@ -161,8 +168,12 @@ def fit(
                 saved.save()
             bar.set_postfix_str(f"loss {record.loss[-1]:.5g}", refresh=False)
             bar.update()
+    # This look is not saved: a longer run that goes on from here has none at this epoch.
+    if monitor is not None and stop_on is not None and record.epochs[-1] < len(record.loss):
+        record.look(monitor, model)
     if record.best is not None:
         model.load_state_dict(record.best)
+        _copy(record.best_beside, beside)
     return record.history()
 
 
@@ -251,10 +262,12 @@ class _Record:
     num_epochs: int
     stop_on: str | None
     patience: int | None
+    beside: list[Tensor]
     loss: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     monitored: dict[str, list[float]] = field(default_factory=dict)
     best: dict[str, Tensor] | None = None
+    best_beside: list[Tensor] = field(default_factory=list)
 
     def look(self, monitor: Monitor, model: nn.Module) -> None:
         """Call the monitor and write down what it says."""
@@ -270,12 +283,16 @@ class _Record:
         if self.stop_on is not None and self.stop_on not in seen:
             raise ValueError(f"stop_on={self.stop_on!r} is none of the monitored {sorted(seen)}")
         if self.stop_on is not None and math.isnan(seen[self.stop_on]):
-            raise FloatingPointError(f"{self.stop_on} is NaN after {len(self.loss)} epochs")
+            raise FloatingPointError(
+                f"{self.stop_on} is NaN after {len(self.loss)} epochs, and the parameters are as "
+                "they were then; call the monitor to see where it comes from"
+            )
         self.epochs.append(len(self.loss))
         for name, value in seen.items():
             self.monitored[name].append(value)
         if self.stop_on is not None and self._since_best() == 0:
             self.best = {name: x.detach().clone() for name, x in model.state_dict().items()}
+            self.best_beside = [p.detach().clone() for p in self.beside]
 
     def stopped_early(self) -> bool:
         return self.patience is not None and self._since_best() >= self.patience
@@ -292,11 +309,12 @@ class _Record:
             epochs=torch.tensor(self.epochs, dtype=torch.int64, device="cpu"),
             monitored={name: numbers(values) for name, values in self.monitored.items()},
             best_epoch=None if self.stop_on is None else self.epochs[-1 - self._since_best()],
-            stopped_early=self.stopped_early(),
+            stopped_early=len(self.loss) < self.num_epochs,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("loss", "epochs", "monitored", "best")}
+        names = ("loss", "epochs", "monitored", "best", "best_beside")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["loss"]) > self.num_epochs:
@@ -333,7 +351,7 @@ def _settings(
         "data": f"{layout('', data)['']}, digest {digest('', {'data': data})[:16]}",
         "generator": f"{generator.device.type}, seed {generator.initial_seed()}",
         **layout("model", model.state_dict()),
-        **layout("loss", {name: x.state_dict() for name, x in carried.items()}),
+        **layout("loss", state_of(carried)),
     }
     # A scheduler changes the learning rate of the groups (its start value stays as initial_lr) and
     # perhaps their momentum, which is compared in the defaults alone.

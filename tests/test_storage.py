@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ STATE = {
     "text": "β ≤ 1, \"quoted\" \\ and {'tensor': 'x'}",
     "a": {"b": torch.tensor(1.0)},
     "a.b": torch.tensor(2.0),
+    "__metadata__": torch.tensor(3.0),
+    "__metadata__'": torch.tensor(4.0),
     "nothing": {},
     "tuples": ((), (1, (2,))),
 }
@@ -98,12 +101,23 @@ def test_states_are_saved_and_loaded_whatever_the_default_device(tmp_path):
         ([1, {2}], r"cannot save 1, of type set"),
         ({"x": {1.5: 0}}, r"the key 1\.5 of x"),
         (object(), r"the state, of type object"),
+        ({"z": [torch.zeros(2, dtype=torch.complex128)]}, r"z\.0, .* of complex128 on cpu"),
+        ({"W": torch.eye(2).to_sparse()}, r"W, a torch\.sparse_coo tensor of float32"),
+        ({"W": torch.zeros(2, device="meta")}, r"W, a torch\.strided tensor of float32 on meta"),
+        (torch.empty(2, dtype=torch.int4), r"state, .* of int4"),
     ],
 )
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path, state, message):
     with pytest.raises(TypeError, match=message):
         save_state(tmp_path / "s", state)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantised_tensor_is_refused(tmp_path):
+    x = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"cannot save x, .* of qint8"):
+        save_state(tmp_path / "s", {"x": x})
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
@@ -209,6 +223,86 @@ def test_stateful_objects_are_found_wherever_a_function_keeps_them():
     assert stateful(partial) == {"0": layer, "chains": other}
     assert stateful(partial, layer) == {"chains": other}
     assert stateful(argument) == stateful(math.exp) == stateful(torch.nn.Linear) == {}
+
+
+LAYER = torch.nn.Linear(1, 1)
+
+
+def uses_a_global(x):
+    return [LAYER(y) for y in x]
+
+
+def test_the_search_for_state_goes_through_what_a_function_uses():
+    generator, layer = torch.Generator(), torch.nn.Linear(1, 1)
+    kept = SimpleNamespace(parts=[{"a": layer, 2: (generator, generator)}])
+    kept.itself = kept
+
+    def loss(x):
+        return kept, later
+
+    def helper(x, first=None, *, second=loss):
+        return uses_a_global(x)
+
+    assert stateful(helper) == {
+        "uses_a_global.LAYER": LAYER,
+        "second.kept.parts.0.a": layer,
+        "second.kept.parts.0.2.0": generator,
+    }
+    assert stateful(helper, generator, LAYER) == {"second.kept.parts.0.a": layer}
+    later = layer
+    assert stateful(loss, layer) == {"kept.parts.0.2.0": generator}
+
+
+class Caller(torch.nn.Module):
+    def forward(self, x):
+        return LAYER(x)
+
+
+def test_a_module_that_is_called_uses_what_its_forward_uses():
+    caller = Caller()
+    assert stateful(caller) == {"self": caller, "LAYER": LAYER}
+    assert stateful(lambda x: caller(x), caller) == {"caller.LAYER": LAYER}
+
+
+def test_submodules_are_saved_with_their_module_and_what_else_they_hold_by_itself():
+    inner = torch.nn.Linear(1, 1)
+    inner.generator = torch.Generator()
+    outer = torch.nn.Sequential(inner)
+    expected = {"self": outer, "0.generator": inner.generator}
+    assert stateful(outer) == expected
+    assert stateful(outer, outer) == {"0.generator": inner.generator}
+    assert stateful(functools.partial(outer, inner), outer) == {"0.generator": inner.generator}
+
+
+def test_the_search_stays_out_of_modules_classes_and_libraries():
+    class Model:
+        layer = LAYER
+
+    data = torch.utils.data.DataLoader([LAYER])
+    assert stateful(lambda x: (Model, data, math, torch)) == {}
+
+
+def test_a_checkpoint_of_other_parts_is_refused_and_nothing_is_touched(tmp_path):
+    def run(**parts):
+        return Checkpoint(tmp_path / "run", parts, {})
+
+    layer = torch.nn.Linear(1, 1)
+    run(layer=layer, loss={"a": layer}, schedule=None).save()
+    before = layer.weight.item()
+    with torch.no_grad():
+        layer.weight += 1
+    for parts, match in [
+        ({"layer": layer}, r"the run held \['layer', 'loss', 'schedule'\] and holds \['layer'\]"),
+        ({"loss": {"b": layer}, "schedule": None}, r"loss held \['a'\] and holds \['b'\]"),
+        ({"loss": {"a": layer}, "schedule": layer}, "schedule was no part"),
+        ({"loss": {"a": None}, "schedule": None}, r"loss\.a was a part"),
+        ({"loss": {}, "schedule": {"a": layer}}, "schedule held something else"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run(**({"layer": layer} | parts)).resume()
+        assert layer.weight.item() == before + 1
+    assert run(layer=layer, loss={"a": layer}, schedule=None).resume()
+    assert layer.weight.item() == before
 
 
 def test_layout_names_every_tensor():

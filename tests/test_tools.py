@@ -60,7 +60,7 @@ def test_the_real_package_is_found() -> None:
         "core/runs",
         "core/trace",
     }
-    modules |= {"inputs", "storage"}
+    modules |= {"carried", "inputs", "storage"}
     assert {f"companion/{module}.py" for module in modules} == set(
         execute.package_sources(["from companion.core import sample"])
     )

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import signal
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_the_monitor_looks_before_the_first_epoch_and_then_every_so_often(rng):
     assert history.monitored["log-likelihood"].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def scripted(values, *, num_epochs=10, patience=None, checkpoint=None, rng=None):
+def scripted(values, *, num_epochs=10, patience=None, monitor_every=1, checkpoint=None, rng=None):
     """A run whose monitored quantity follows a script; the parameter counts the epochs."""
     model, looks = Coins(1), iter(values)
     history = fit(
@@ -297,6 +298,7 @@ def scripted(values, *, num_epochs=10, patience=None, checkpoint=None, rng=None)
         batch_size=4,
         generator=rng(0),
         monitor=lambda model: {"score": next(looks)},
+        monitor_every=monitor_every,
         stop_on="score",
         patience=patience,
         checkpoint=checkpoint,
@@ -326,9 +328,54 @@ def test_training_stops_when_patience_ends_and_the_best_parameters_come_back(
     assert history.monitored["score"].tolist() == values[: stops_after + 1]
 
 
+@pytest.mark.parametrize(("values", "best"), [([0, 5], 9), ([5, 0], 0)])
+def test_the_last_epoch_can_be_the_best_though_no_look_was_due(values, best, rng):
+    parameter, history = scripted(values, num_epochs=9, monitor_every=10, rng=rng)
+    assert history.epochs.tolist() == [0, 9]
+    assert parameter == history.best_epoch == best
+    assert len(history.loss) == 9 and not history.stopped_early
+
+
+def test_the_extra_look_at_the_end_leaves_no_trace_in_a_longer_run(tmp_path, rng):
+    options = {"monitor_every": 4, "patience": 1, "rng": rng}
+    path = tmp_path / "run"
+    first = scripted([0, 1, 7], num_epochs=6, checkpoint=path, **options)
+    assert (first[0], first[1].epochs.tolist()) == (6, [0, 4, 6])
+    again = scripted([7], num_epochs=6, checkpoint=path, **options)
+    longer = scripted([2, 3], num_epochs=12, checkpoint=path, **options)
+    whole = scripted([0, 1, 2, 3], num_epochs=12, **options)
+    for (parameter, history), (expected, other) in ((again, first), (longer, whole)):
+        assert parameter == expected
+        assert equal(vars(history), vars(other))
+    # Patience that runs out in that look neither cuts the run short nor stops a longer one.
+    path = tmp_path / "stopped"
+    first = scripted([5, 6, 1], num_epochs=6, checkpoint=path, **options)
+    longer = scripted([7, 8], num_epochs=12, checkpoint=path, **options)
+    assert not first[1].stopped_early
+    assert longer[1].epochs.tolist() == [0, 4, 8, 12]
+
+
 def test_a_nan_in_the_watched_quantity_is_an_error(rng):
-    with pytest.raises(FloatingPointError, match="score is NaN after 2 epochs"):
-        scripted([0, 1, math.nan], rng=rng)
+    model, scores = Coins(1), iter([0, 1, math.nan])
+    with pytest.raises(FloatingPointError, match="score is NaN after 2 epochs, .* as they were"):
+        fit(
+            model,
+            lambda v, generator: -model.logits.sum(),
+            torch.zeros(4, 1, dtype=torch.float64),
+            optimizer=sgd(model, lr=1.0),
+            num_epochs=10,
+            batch_size=2,
+            generator=rng(0),
+            monitor=lambda model: {"score": next(scores)},
+            stop_on="score",
+        )
+    assert model.logits.item() == 4  # two epochs of two steps: none is taken back
+
+
+def test_histories_are_compared_by_identity(rng):
+    one, two = (scripted([0, 1], num_epochs=1, rng=rng)[1] for _ in range(2))
+    assert one == one and one != two
+    assert len({one, two, one}) == 2
 
 
 # ---------------------------------------------------------------- divergence
@@ -485,33 +532,162 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path, rng):
     assert equal(vars(first[1]), vars(again[1]))
 
 
-@pytest.mark.parametrize("form", ["method", "partial", "closure"])
-def test_the_chains_are_saved_however_the_loss_reaches_them(form, tmp_path):
-    def run(path, num_epochs):
-        g = torch.Generator().manual_seed(0)
-        rbm = RBM(3, 2, generator=g, dtype=torch.float64)
-        chains = PersistentChains(rbm, 5, generator=g)
-        loss = {
-            "method": chains.loss,
-            "partial": functools.partial(chains.loss, num_steps=2),
-            "closure": lambda v, generator: chains.loss(v, 2, generator=generator),
-        }[form]
-        history = fit(
-            rbm,
-            loss,
-            coin_data(),
-            optimizer=torch.optim.Adam(rbm.parameters()),
-            num_epochs=num_epochs,
-            batch_size=20,
-            generator=g,
-            monitor=lambda rbm: {"log_z": rbm.log_z().value},
-            checkpoint=path,
-        )
-        return rbm.state_dict(), chains.state_dict(), g.get_state(), vars(history)
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_an_interrupted_run_goes_on_with_the_same_objects(kind, batch, tmp_path, monkeypatch):
+    # There are three batches an epoch: before batch 2, no epoch is done yet.
+    whole = make_run(tmp_path / "whole", kind)(10)
+    run, calls, loss = make_run(tmp_path / "parts", kind), itertools.count(1), Coins.loss
 
-    whole = run(tmp_path / "whole", 6)
-    run(tmp_path / "parts", 3)
-    assert equal(run(tmp_path / "parts", 6), whole)
+    def interrupted(*args, **options):
+        if next(calls) == batch:
+            raise KeyboardInterrupt
+        return loss(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Coins, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(10)
+    assert equal(run(10), whole)
+
+
+# ---------------------------------------------------------------- what the loss carries
+
+
+class Holder:
+    """Keeps chains as an attribute, which the loss may be a method of or the object itself."""
+
+    def __init__(self, chains):
+        self.chains = chains
+
+    def loss(self, v, generator):
+        return self.chains.loss(v, 2, generator=generator)
+
+    def __call__(self, v, generator):
+        return self.loss(v, generator)
+
+
+@dataclass(slots=True)
+class SlottedHolder:
+    chains: PersistentChains
+
+    def __call__(self, v, generator):
+        return self.chains.loss(v, 2, generator=generator)
+
+
+class ModuleHolder(nn.Module):
+    """Its own state is a buffer; the chains are no part of it."""
+
+    def __init__(self, chains):
+        super().__init__()
+        self.register_buffer("num_calls", torch.zeros(()))
+        self.chains = chains
+
+    def forward(self, v, generator):
+        self.num_calls += 1
+        return self.chains.loss(v, 2, generator=generator)
+
+
+class GlobalUser:
+    def __call__(self, v, generator):
+        return use_global(v, generator)
+
+
+def use_global(v, generator):
+    return GLOBAL_CHAINS.loss(v, 2, generator=generator)
+
+
+def set_global(chains):
+    global GLOBAL_CHAINS
+    GLOBAL_CHAINS = chains
+
+
+def call_first(outer, v, generator):
+    return (outer[0] if isinstance(outer, nn.Sequential) else outer.chains)(v, generator)
+
+
+def through_a_helper(chains):
+    def helper(v, generator):
+        return chains.loss(v, 2, generator=generator)
+
+    return lambda v, generator: helper(v, generator)
+
+
+def with_a_generator_of_its_own(chains):
+    noise = torch.Generator().manual_seed(1)
+
+    def loss(v, generator):
+        scale = torch.rand((), generator=noise, dtype=torch.float64)
+        return scale * contrastive_divergence(chains.model, v, generator=generator)
+
+    return loss
+
+
+FORMS = {
+    "method": lambda chains: chains.loss,
+    "partial": lambda chains: functools.partial(chains.loss, num_steps=2),
+    "argument of a partial": lambda chains: functools.partial(
+        lambda c, v, generator: c.loss(v, 2, generator=generator), chains
+    ),
+    "closure": lambda chains: lambda v, generator: chains.loss(v, 2, generator=generator),
+    "default": lambda chains: lambda v, generator, c=chains: c.loss(v, 2, generator=generator),
+    "keyword default": lambda chains: (
+        lambda v, *, generator, c=chains: c.loss(v, 2, generator=generator)
+    ),
+    "list": lambda chains: (
+        lambda v, generator, kept=[chains]: kept[0].loss(v, 2, generator=generator)
+    ),
+    "dict of tuples": lambda chains: (
+        lambda v, generator, kept={"a": (0, chains)}: kept["a"][1].loss(v, 2, generator=generator)
+    ),
+    "method of an object": lambda chains: Holder(chains).loss,
+    "callable object": Holder,
+    "object with slots": SlottedHolder,
+    "object in an object": lambda chains: functools.partial(call_first, Holder(Holder(chains))),
+    "module": ModuleHolder,
+    "module in a module": lambda chains: functools.partial(
+        call_first, nn.Sequential(ModuleHolder(chains))
+    ),
+    "helper": through_a_helper,
+    "decorated": lambda chains: torch.enable_grad()(through_a_helper(chains)),
+    "global": lambda chains: set_global(chains) or use_global,
+    "global of a helper": lambda chains: set_global(chains) or GlobalUser(),
+    "generator": with_a_generator_of_its_own,
+}
+
+
+def run_with_chains(form, path, num_epochs):
+    g = torch.Generator().manual_seed(0)
+    rbm = RBM(3, 2, generator=g, dtype=torch.float64)
+    rbm.W.data.mul_(150)  # chains of weakly coupled units would forget where they began
+    chains = PersistentChains(rbm, 5, generator=g)
+    history = fit(
+        rbm,
+        FORMS[form](chains),
+        coin_data(),
+        optimizer=torch.optim.Adam(rbm.parameters()),
+        num_epochs=num_epochs,
+        batch_size=20,
+        generator=g,
+        checkpoint=path,
+    )
+    return rbm.state_dict(), chains.state_dict(), g.get_state(), vars(history)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_chains_are_saved_however_the_loss_reaches_them(form, tmp_path):
+    run_with_chains(form, tmp_path / "parts", 2)
+    resumed = run_with_chains(form, tmp_path / "parts", 4)
+    assert equal(resumed, run_with_chains(form, tmp_path / "whole", 4))
+
+
+@pytest.mark.parametrize("form", ["closure", "module", "generator"])
+def test_a_run_whose_chains_are_forgotten_ends_elsewhere(form, tmp_path, monkeypatch):
+    # The negative control of the test above.
+    monkeypatch.setattr("companion.training.stateful", lambda *_: {})
+    run_with_chains(form, tmp_path / "parts", 2)
+    resumed = run_with_chains(form, tmp_path / "parts", 4)
+    assert not equal(resumed[0], run_with_chains(form, tmp_path / "whole", 4)[0])
 
 
 class OwnNormaliser(nn.Module):
@@ -546,6 +722,35 @@ def test_parameters_of_the_loss_are_saved_with_it(tmp_path, rng):
     run(tmp_path / "parts", 3)
     assert equal(run(tmp_path / "parts", 6), whole)
     assert whole[1]["log_z"] != 0
+
+
+@pytest.mark.parametrize("parts", [[6], [2, 6]])
+def test_parameters_of_the_loss_come_back_with_the_best_ones_of_the_model(parts, tmp_path, rng):
+    seen, best = {}, 1
+    for num_epochs in parts:
+        model = Coins(3)
+        loss = OwnNormaliser(model)
+
+        def monitor(model, loss=loss):
+            epoch = len(seen)
+            seen[epoch] = [x.detach().clone() for x in (model.logits, loss.log_z)]
+            return {"score": -abs(epoch - best)}
+
+        history = fit(
+            model,
+            loss,
+            coin_data(),
+            optimizer=torch.optim.Adam([*model.parameters(), loss.log_z], lr=0.1),
+            num_epochs=num_epochs,
+            batch_size=20,
+            generator=rng(0),
+            monitor=monitor,
+            stop_on="score",
+            checkpoint=tmp_path / "run",
+        )
+    assert history.best_epoch == best
+    assert equal([model.logits.detach(), loss.log_z.detach()], seen[best])
+    assert not equal(seen[6][1], seen[best][1])
 
 
 # ---------------------------------------------------------------- checkpoints that do not fit
@@ -591,6 +796,41 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_touched(tmp_path,
         )
     assert other.logits.tolist() == [0] * 4
     assert path.read_bytes() == before
+
+
+class Counter:
+    """A state without tensors, which the layouts in the settings do not show."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def state_dict(self):
+        return vars(self).copy()
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def test_a_loss_that_carries_other_objects_is_refused_and_nothing_is_touched(tmp_path, rng):
+    def run(model, loss):
+        optimizer = sgd(model)
+        options = {"optimizer": optimizer, "num_epochs": 2, "batch_size": 20, "generator": rng(0)}
+        fit(model, loss, coin_data(), checkpoint=tmp_path / "run", **options)
+
+    def loss_of(model, name):
+        def loss(v, generator, **counters):
+            counters[name].calls += 1
+            return model.loss(v, generator=generator)
+
+        return functools.partial(loss, **{name: Counter()})
+
+    model = Coins(3)
+    run(model, loss_of(model, "before"))
+    assert model.logits.abs().min() > 0
+    model = Coins(3)
+    with pytest.raises(ValueError, match=r"loss held \['before'\] and holds \['after'\]"):
+        run(model, loss_of(model, "after"))
+    assert model.logits.tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("option", [{"lr": 0.2}, {"momentum": 0.5}, {"weight_decay": 0.1}])
@@ -688,7 +928,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_where_it_would_have(tmp_p
         # Whatever the moment, the file is whole: load_state checks its digest.
         epochs.append(len(load_state(path)["parts"]["record"]["loss"]))
     assert len(epochs) >= 2
-    assert all(0 < a < b for a, b in itertools.pairwise(epochs))
+    assert all(0 <= a < b for a, b in itertools.pairwise(epochs))
     resumed = finish(path)
     assert equal(resumed, finish(tmp_path / "whole"))
     assert path.read_bytes() == (tmp_path / "whole").read_bytes()

@@ -170,6 +170,26 @@ def test_sample_base_and_init_biases_are_those_of_independent_units(rng, device)
     torch.testing.assert_close(model.b.sigmoid(), model.b.new_tensor([3 / 4, 1 / 2, 1 / 4]))
 
 
+@pytest.mark.parametrize("smoothing", [1e-3, 0.5, 7.0])
+def test_smoothing_adds_so_many_ones_and_zeros(smoothing):
+    model = BoltzmannMachine(3, dtype=F64)
+    model.init_biases(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0]]), smoothing=smoothing)
+    on = torch.tensor([3.0, 1.0, 0.0], dtype=F64) + smoothing
+    torch.testing.assert_close(model.b.detach(), (on / (3 + 2 * smoothing - on)).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2_100, 70_000])
+def test_biases_of_a_sixteen_bit_machine_are_exact_but_for_rounding(dtype, n, device):
+    """16 bits hold neither a count of so many rows nor a share so close to 1."""
+    counts = torch.tensor([0, n, n // 3, 1], device=device)  # never, always, at times and once
+    model = BoltzmannMachine(4, dtype=dtype, device=device)
+    model.init_biases(torch.arange(n, device=device)[:, None] < counts)
+    exact = torch.logit((counts.double() + 1) / (n + 2))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(model.b.detach().double(), exact, rtol=eps, atol=0)
+
+
 BAD_STATES = {
     "shape": (torch.zeros(2, 4), ValueError, r"shape \(\.\.\., 3\), got \(2, 4\)"),
     "scalar": (torch.tensor(1.0), ValueError, "shape"),

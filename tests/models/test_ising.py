@@ -516,6 +516,14 @@ def test_models_that_do_not_exist_are_refused(construct, message):
         construct()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_a_dtype_that_would_cut_off_the_coupling_is_refused(dtype):
+    for coupling in (0.4, torch.tensor(0.4), torch.tensor(1)):
+        with pytest.raises(TypeError, match=f"dtype must be a floating dtype, got {dtype}"):
+            Ising(4, 4, coupling, dtype=dtype)
+    assert Ising(4, 4, torch.tensor(1, dtype=dtype)).coupling.dtype == torch.float32
+
+
 @KERNELS
 def test_what_is_no_batch_of_spins_is_refused(kernel):
     model = Ising(4, 4, 0.4)

@@ -291,6 +291,28 @@ def test_samples_for_a_label_follow_the_conditional_law(rng, device, ledger):
            std_error=(p * (1 - p) / n).sqrt())  # fmt: skip
 
 
+def test_samples_for_a_label_start_from_the_biases_of_x(rng, device):
+    """After one sweep of strong weights, against the exact law: the start is not forgotten yet."""
+    rbm, n = machine(3, 3, 2, rng, scale=2.0, device=device), 50_000
+    xs, hs = (binary_states(k, dtype=F64, device=device) for k in (3, 2))
+    with torch.no_grad():
+        to_h = torch.sigmoid(rbm.c + rbm.U[1] + xs @ rbm.W)
+        to_x = torch.sigmoid(rbm.b + hs @ rbm.W.T)
+        biases = torch.sigmoid(rbm.b)
+    p_h = torch.where(hs[None].bool(), to_h[:, None], 1 - to_h[:, None]).prod(-1)
+    p_x = torch.where(xs[None].bool(), to_x[:, None], 1 - to_x[:, None]).prod(-1)
+    x = rbm.sample_given_label(xs.new_full((n,), 1).long(), 1, generator=rng(6, device))
+    counts = (x @ x.new_tensor([4, 2, 1])).long().bincount(minlength=8).cpu()
+
+    def p_value(probs):
+        start = torch.where(xs.bool(), probs, 1 - probs).prod(-1)
+        return chisquare(counts.numpy(), (n * start @ p_h @ p_x).cpu().numpy()).pvalue
+
+    assert p_value(biases) > 1e-5  # the false-alarm rate
+    for wrong in (biases.new_full((3,), 0.5), torch.zeros_like(biases), 1 - biases):
+        assert p_value(wrong) < 1e-5
+
+
 def test_sampled_layers_have_the_conditional_means(rng, device):
     rbm, n = machine(3, 4, 2, rng, device=device), 200_000
     h = torch.tensor([1, 0], device=device)
@@ -313,6 +335,22 @@ def test_init_from_data_makes_the_model_of_independent_units(rng):
     torch.testing.assert_close(base.detach(), expected)
     rbm.init_from_data(v, smoothing=1e-9)
     torch.testing.assert_close(rbm.d.softmax(0)[0].item(), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2_100, 70_000])
+def test_biases_of_a_sixteen_bit_machine_are_exact_but_for_rounding(dtype, n, device):
+    """16 bits hold neither a count of so many rows nor a share so close to 1."""
+    counts = torch.tensor([0, n, n // 3, 1], device=device)  # never, always, at times and once
+    rows = torch.arange(n, device=device)
+    labels = (rows > n // 3).long() * 2 + (rows == 0)
+    rbm = LabelRBM(4, 4, 2, dtype=dtype, device=device)
+    rbm.init_from_data(rbm.join(rows[:, None] < counts, labels))
+    eps = torch.finfo(dtype).eps
+    exact = torch.logit((counts.double() + 1) / (n + 2))
+    torch.testing.assert_close(rbm.b.detach().double(), exact, rtol=eps, atol=0)
+    exact = ((labels.bincount(minlength=4).double() + 1) / (n + 4)).log()
+    torch.testing.assert_close(rbm.d.detach().double(), exact, rtol=eps, atol=0)
 
 
 # ---------------------------------------------------------------- inputs

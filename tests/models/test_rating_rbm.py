@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from companion.core import Kernel
 from companion.models.rbm import RatingRBM
@@ -111,6 +112,34 @@ def test_log_z_of_many_items_keeps_to_its_blocks(rng, ledger):
         found = rbm.log_z(torch.ones(3000, dtype=torch.bool)).value
     ledger("rating RBM log Z without weights, 3000 items", exact=exact, estimate=found,
            tolerance=1e-8)  # fmt: skip
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_log_z_of_many_sets_is_that_of_each_and_keeps_to_its_blocks(rng):
+    """2048 sets of rated items, three users each: memory is that of 1000 sets."""
+    rbm = machine(rng, items=11, ratings=2, hidden=12, scale=0.5)
+    sets = binary_states(11, device="cpu").bool()
+    which = torch.arange(3 * 2048)[torch.randperm(3 * 2048, generator=rng(1))] % 2048
+    with LargestTensor() as largest:
+        found = rbm.log_z(sets[which].view(2, -1, 11)).value
+    assert found.shape == (2, 3 * 1024)
+    assert largest.numbers <= 2**12 * 1000
+    order = found.flatten()[which.argsort(stable=True)].view(2048, 3)
+    assert torch.equal(order, order[:, :1].expand(-1, 3))
+    assert len(order[:, 0].unique()) == 2048
+    for i in range(0, 2048, 13):
+        torch.testing.assert_close(order[i, 0], rbm.log_z(sets[i]).value, rtol=0, atol=1e-11)
 
 
 # ---------------------------------------------------------------- prediction
@@ -313,6 +342,30 @@ def test_init_from_data_takes_the_frequencies_of_what_was_rated():
     expected = torch.tensor([[2, 2, 3], [2, 1, 2], [1, 2, 2]], dtype=F64)
     expected = (expected / expected.sum(1, keepdim=True)).log()
     torch.testing.assert_close(rbm.b.detach(), expected)
+
+
+@pytest.mark.parametrize("smoothing", [1e-3, 0.5, 7.0])
+def test_smoothing_adds_as_much_to_the_count_of_every_rating(smoothing):
+    rbm = RatingRBM(3, 3, 2, dtype=F64)
+    rbm.init_from_data(DATA, smoothing=smoothing)
+    counts = torch.tensor([[1, 1, 2], [1, 0, 1], [0, 1, 1]], dtype=F64) + smoothing
+    torch.testing.assert_close(rbm.b.detach(), (counts / counts.sum(1, keepdim=True)).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2_100, 70_000])
+def test_biases_of_a_sixteen_bit_machine_are_exact_but_for_rounding(dtype, n, device):
+    """16 bits hold neither a count of so many rows nor a share so close to 1."""
+    users = torch.arange(n, device=device)
+    always, at_times = torch.zeros_like(users), (users > n // 3).long() + 2 * (users == 0)
+    ratings = torch.stack([always, at_times, torch.where(users == 7, 2, -1)], -1)
+    rbm = RatingRBM(3, 3, 2, dtype=dtype, device=device)
+    rbm.init_from_data(ratings)
+    counts = torch.stack([(ratings == k).sum(0) for k in range(3)], -1).double() + 1
+    exact = (counts / counts.sum(1, keepdim=True)).log()
+    # the log of a share close to 1 is a small number of its own, and as precise
+    rtol = torch.finfo(dtype).eps
+    torch.testing.assert_close(rbm.b.detach().double(), exact, rtol=rtol, atol=1e-7)
 
 
 # ---------------------------------------------------------------- inputs

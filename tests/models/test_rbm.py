@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest, norm
 
 from companion.logz import enumeration
-from companion.models.rbm import RBM
+from companion.models.boltzmann import BoltzmannMachine
+from companion.models.rbm import RBM, CentredRBM, GaussianRBM, LabelRBM, RatingRBM
 from companion.testing import binary_states
 
 F64 = torch.float64
@@ -55,6 +56,19 @@ def test_free_energy_sums_out_the_hidden_units(rng, ledger):
     # a flipped sign of either term would be seen
     assert (rbm.free_energy(vs) + by_hand).abs().max() > 0.1
     assert (rbm.free_energy(vs) + 2 * (vs @ rbm.b) - by_hand).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("inputs", [20.5, 25.0, 30.0])
+def test_free_energies_keep_what_a_large_input_adds(inputs):
+    """PyTorch's softplus takes log(1 + exp(x)) for x where x is above 20: 2e-9 is lost."""
+    rbm = RBM(3, 1, dtype=F64)
+    with torch.no_grad():
+        rbm.c.fill_(inputs)
+        found = rbm.log_prob(torch.zeros(3, dtype=F64)).item()
+    exact = inputs + math.log1p(math.exp(-inputs))
+    assert math.isclose(found, exact, rel_tol=4e-16) and not math.isclose(
+        inputs, exact, rel_tol=1e-15
+    )
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (3, 4), (1, 1), (5, 5), (13, 2), (2, 13)])
@@ -193,6 +207,36 @@ def test_init_visible_bias_makes_the_independent_unit_model(rng, ledger):
     found = (rbm.log_prob(v).mean() - rbm.log_z().value).item()
     ledger("RBM: likelihood of independent units", exact=exact, estimate=found)
     assert torch.isfinite(rbm.b).all()  # the unit that is never on keeps a finite bias
+
+
+@pytest.mark.parametrize("smoothing", [1e-3, 0.5, 7.0])
+def test_smoothing_adds_so_many_ones_and_zeros(smoothing):
+    rbm = RBM(3, 2, dtype=F64)
+    rbm.init_visible_bias(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0]]), smoothing=smoothing)
+    on = torch.tensor([3.0, 1.0, 0.0], dtype=F64) + smoothing
+    torch.testing.assert_close(rbm.b.detach(), (on / (3 + 2 * smoothing - on)).log())
+
+
+WEIGHTS = {
+    "RBM": lambda g: RBM(300, 400, generator=g).W,
+    "batch": lambda g: RBM(30, 40, batch_shape=(100,), generator=g).W,
+    "centred": lambda g: CentredRBM(300, 400, generator=g).W,
+    "Gaussian": lambda g: GaussianRBM(300, 400, generator=g).W,
+    "label": lambda g: LabelRBM(300, 2, 400, generator=g).W,
+    "label's own": lambda g: LabelRBM(2, 300, 400, generator=g).U,
+    "ratings": lambda g: RatingRBM(60, 5, 400, generator=g).W,
+    "Boltzmann": lambda g: BoltzmannMachine(350, generator=g).J,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_start_as_normal_draws_of_standard_deviation_one_hundredth(name, rng):
+    """Kolmogorov-Smirnov: a false-alarm rate of 1e-6 each, 8e-6 for the eight."""
+    weights = WEIGHTS[name](rng(6)).detach().double().flatten().numpy()
+    assert len(weights) >= 120_000
+    assert kstest(weights, norm(0.0, 0.01).cdf).pvalue > 1e-6
+    for wrong in (norm(0.0, 0.0105), norm(0.0, 0.0095), norm(0.0003, 0.01)):
+        assert kstest(weights, wrong.cdf).pvalue < 1e-6
 
 
 def test_integer_and_boolean_states_are_cast_and_batches_may_have_any_shape(rng):

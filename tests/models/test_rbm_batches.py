@@ -128,6 +128,48 @@ def test_visible_biases_of_a_batch_come_from_the_data_of_each(rng):
     torch.testing.assert_close(batch.b, single.b.expand(4, -1))
 
 
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3)])
+def test_visible_biases_pool_the_rows_of_further_dimensions(kind, batch_shape, rng):
+    batch = randomize(kind(5, 3, batch_shape=batch_shape, dtype=F64), rng)
+    v = torch.randint(2, (4, 2, *batch_shape, 50, 5), generator=rng(1))
+    for data, n in ((v, 400), (v[1], 100)):
+        rows = (-2, *range(data.ndim - 2 - len(batch_shape)))
+        batch.init_visible_bias(data)
+        exact = torch.logit((data.sum(rows).double() + 1) / (n + 2))
+        torch.testing.assert_close(batch.b.detach(), exact)
+    single = kind(5, 3, dtype=F64)
+    single.init_visible_bias(v)
+    exact = torch.logit((v.double().flatten(0, -2).sum(0) + 1) / (v.numel() / 5 + 2))
+    torch.testing.assert_close(single.b.detach(), exact)
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2_100, 70_000])
+def test_visible_biases_of_a_sixteen_bit_machine_are_exact_but_for_rounding(kind, dtype, n, device):
+    """16 bits hold neither a count of so many rows nor a share so close to 1."""
+    counts = torch.tensor([0, n, n // 3, 1], device=device)  # never, always, at times and once
+    v = torch.arange(n, device=device)[:, None] < counts
+    rbm = kind(4, 3, dtype=dtype, device=device)
+    rbm.init_visible_bias(v)
+    exact = torch.logit((counts.double() + 1) / (n + 2))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(rbm.b.detach().double(), exact, rtol=1.5 * eps, atol=0)
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("batch_shape", [(), (2, 3)])
+def test_taking_a_batch_apart_leaves_the_global_generator_alone(kind, batch_shape, device):
+    batch = kind(5, 3, batch_shape=batch_shape, device=device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torch.rand(3, device=device)
+        torch.manual_seed(0)
+        batch.unbind()
+        assert torch.equal(torch.rand(3, device=device), expected)
+
+
 # ---------------------------------------------------------------- the fused step
 
 
@@ -229,6 +271,15 @@ def test_an_update_in_single_precision_rounds_a_few_times(num_visible, num_hidde
         torch.testing.assert_close(0.3 * p.grad.double(), 0.3 * q.grad, rtol=0, atol=2e-6)
 
 
+def assert_nothing_changes(rbm, g, error, message, **arguments):
+    before, state = copy.deepcopy(rbm.state_dict()), g.get_state()
+    with pytest.raises(error, match=message):
+        rbm.contrastive_update(**arguments, generator=g)
+    assert torch.equal(g.get_state(), state)
+    for name, x in rbm.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_update_that_cannot_be_made_changes_nothing(rng):
     rbm, g = randomize(RBM(6, 4), rng), rng(1)
     v = torch.randint(2, (8, 6), generator=g)
@@ -238,22 +289,51 @@ def test_an_update_that_cannot_be_made_changes_nothing(rng):
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"v": v[:, :5]}, "v must have shape"),
         ({"v": 2 * v}, "zeros and ones only"),
+        ({"v": v[0]}, r"v must be a matrix \(n, 6\), got \(6,\)"),
     ):
-        before, state = copy.deepcopy(rbm.state_dict()), g.get_state()
+        arguments = {"v": v, "rate": 0.1} | bad
+        assert_nothing_changes(rbm, g, ValueError, message, **arguments)
+
+
+@pytest.mark.parametrize("kind", [RBM, CentredRBM])
+@pytest.mark.parametrize("batch_shape", [(), (2,)])
+def test_an_update_of_a_broken_machine_changes_nothing(kind, batch_shape, rng):
+    """Whichever number is broken, even where the data's hidden units are on for certain."""
+    rbm, g = randomize(kind(4, 3, batch_shape=batch_shape), rng), rng(1)
+    on = copy.deepcopy(rbm)
+    with torch.no_grad():
+        list(on.parameters())[2].fill_(1e4)
+    some, ones = torch.randint(2, (8, 4), generator=g), torch.ones(8, 4)
+    assert (on.hidden_probs(ones) == 1).all()
+    for machine, v in ((rbm, some), (on, ones)):
+        for parameter in machine.parameters():
+            entries = parameter.data.view(-1)
+            for i in range(len(entries)):
+                for value in (math.nan, math.inf, -math.inf):
+                    good, entries[i] = entries[i].item(), value
+                    what = FloatingPointError, "no update was made"
+                    assert_nothing_changes(machine, g, *what, v=v, rate=0.1)
+                    entries[i] = good
+        machine.contrastive_update(v, 0.1, generator=g)  # mended
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_hidden_units_that_no_call_returned_are_refused(dtype, rng):
+    rbm, g, state = RBM(6, 4, dtype=dtype), rng(1), rng(1).get_state()
+    v = torch.randint(2, (8, 6), generator=rng(2))
+    other = F64 if dtype == torch.float32 else torch.float32
+    for probs, got in (
+        (torch.full((4,), 0.5, dtype=dtype), r"got \(4,\)"),
+        (torch.full((8, 3), 0.5, dtype=dtype), r"got \(8, 3\)"),
+        (torch.full((8, 4), 0.5, dtype=other), f"got .* of {other}"),
+        (torch.ones(8, 4, dtype=torch.int64), "of torch.int64"),
+    ):
+        arguments = {"v": v, "num_steps": 1, "hidden_probs": probs}
+        message = rf"hidden_probs must be \(\.\.\., m, 4\) of {dtype}.*{got}"
+        assert_nothing_changes(rbm, g, ValueError, message, rate=0.1, **arguments)
         with pytest.raises(ValueError, match=message):
-            rbm.contrastive_update(**({"v": v, "rate": 0.1} | bad), generator=g)
+            rbm.contrastive_step(**arguments, generator=g)
         assert torch.equal(g.get_state(), state)
-        for name, x in rbm.state_dict().items():
-            assert torch.equal(x, before[name])
-    for name, value in (("W", math.nan), ("W", math.inf), ("b", math.nan), ("c", math.nan)):
-        broken = copy.deepcopy(rbm)
-        with torch.no_grad():
-            getattr(broken, name).view(-1)[-1] = value
-        before = copy.deepcopy(broken.state_dict())
-        with pytest.raises(FloatingPointError, match="no update was made"):
-            broken.contrastive_update(v, 0.1, generator=g)
-        for name, x in broken.state_dict().items():
-            assert torch.equal(x.nan_to_num(), before[name].nan_to_num())
 
 
 @pytest.mark.parametrize("batch_shape", [(), (3,)])
@@ -333,6 +413,28 @@ def test_recentring_moves_the_offsets_and_not_the_law(rng):
         centred.recentre(v, rate=0.0)
 
 
+def test_recentring_on_a_vector_is_refused_and_moves_nothing(rng):
+    centred = randomize(CentredRBM(4, 3, dtype=F64), rng)
+    before = copy.deepcopy(centred.state_dict())
+    with pytest.raises(ValueError, match=r"v must be a matrix \(n, 4\), got \(4,\)"):
+        centred.recentre(torch.tensor([1, 0, 1, 1]))
+    assert all(torch.equal(x, before[name]) for name, x in centred.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_shape", [(), (2,)])
+def test_visible_biases_from_data_are_those_of_the_plain_machine(batch_shape, rng):
+    """Whatever the weights and the hidden units' offsets: b, and not b', is the log-odds."""
+    centred = randomize(CentredRBM(4, 3, batch_shape=batch_shape, dtype=F64), rng)
+    with torch.no_grad():
+        centred.hidden_offset.copy_(torch.tensor([0.2, 0.9, 0.4]))
+    v = torch.randint(2, (30, 4), generator=rng(1))
+    centred.init_visible_bias(v, smoothing=0.5)
+    p = (v.double().sum(0) + 0.5) / 31
+    torch.testing.assert_close(centred.b.detach(), p.logit().expand_as(centred.b))
+    torch.testing.assert_close(centred.visible_offset, p.expand_as(centred.b))
+    assert (centred.centred_b - p.logit()).abs().min() > 0.01
+
+
 def test_the_centred_gradient_of_the_weights_is_a_difference_of_covariances(rng, ledger):
     centred = randomize(CentredRBM(4, 3, dtype=F64), rng)
     v = torch.randint(2, (30, 4), generator=rng(1))
@@ -385,3 +487,12 @@ def test_centred_learning_does_not_see_which_state_is_called_one(rng):
     for kind, same in ((CentredRBM, True), (RBM, False)):
         law, flipped = after_a_step(kind, v, False), after_a_step(kind, 1 - v, True)
         assert torch.allclose(law, flipped.flip(0), atol=1e-10) == same
+
+
+def test_an_update_takes_large_weights_in_sixteen_bits(rng):
+    rbm = RBM(784, 500, dtype=torch.float16, generator=rng(0))
+    with torch.no_grad():
+        rbm.W.fill_(0.2)  # their sum is above the largest float16
+    v = torch.randint(2, (3, 784), generator=rng(1))
+    x, _ = rbm.contrastive_update(v, 0.1, generator=rng(2))
+    assert x.shape == v.shape and bool(rbm.W.isfinite().all())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from companion.models.boltzmann import BoltzmannMachine
+from companion.models.rbm import GaussianRBM, RatingRBM
 from companion.objectives import (
     generalized_pseudolikelihood,
     pseudolikelihood,
@@ -106,6 +107,32 @@ def test_a_block_may_list_the_states_that_can_occur(rng):
     torch.testing.assert_close(found, -exact)
     with pytest.raises(ValueError, match=r"row \(0,\) is in a state .* not list: \[1, 1, 0\]"):
         generalized_pseudolikelihood(rbm, DATA, [(block, torch.eye(3))])
+
+
+@pytest.mark.parametrize("units", [(0, 1), (0, 1, 2), (2,), [1, 0]], ids=str)
+def test_a_block_of_plain_numbers_is_that_of_a_tensor(units, rng):
+    rbm = machine(rng)
+    exact = generalized_pseudolikelihood(rbm, DATA, [torch.tensor(units)])
+    torch.testing.assert_close(generalized_pseudolikelihood(rbm, DATA, [units]), exact)
+    both = generalized_pseudolikelihood(rbm, DATA, [units, torch.tensor([2])])
+    assert abs(both - exact) > 0.01
+
+
+def test_states_of_a_block_may_be_plain_lists(rng):
+    rbm = machine(rng)
+    for units, states in (
+        ((0, 1), [[1, 1], [0, 0], [0, 1]]),
+        ((0, 1, 2), [[1, 1, 0], [1, 1, 1], [0, 0, 1]]),
+        ((2,), [[0], [1]]),
+    ):
+        exact = generalized_pseudolikelihood(
+            rbm, DATA, [(torch.tensor(units), torch.tensor(states))]
+        )
+        for pair in ((units, states), (list(units), states), (torch.tensor(units), states)):
+            found = generalized_pseudolikelihood(rbm, DATA, [pair])
+            torch.testing.assert_close(found, exact)
+    with pytest.raises(ValueError, match=r"states must be \(m, 2\), got \(3, 1\)"):
+        generalized_pseudolikelihood(rbm, DATA, [((0, 1), [[1], [0], [1]])])
 
 
 # ---------------------------------------------------------------- ratio matching
@@ -255,6 +282,35 @@ def test_objectives_follow_device_and_dtype_and_take_integer_data(dtype, rng, de
         for loss in losses:
             assert loss.shape == () and loss.dtype == dtype and loss.device.type == device.type
             loss.backward()
+
+
+class Spins:
+    """A user's model of spins -1 and +1, which does not look at what it is given."""
+
+    def log_prob(self, v):
+        return (v * v.roll(1, -1)).sum(-1).double()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [pseudolikelihood, ratio_matching, lambda m, v: generalized_pseudolikelihood(m, v, PAIRS)],
+)
+def test_data_that_are_not_binary_are_refused_whatever_the_model_takes(objective, rng):
+    """Its log-densities are finite, but a flip would lead to states that the data never have."""
+    spins = 2 * DATA - 1
+    ratings = RatingRBM(3, 2, 2, generator=rng(0), dtype=F64)
+    gaussian = GaussianRBM(3, 2, generator=rng(0), dtype=F64)
+    normal = torch.randn(4, 3, dtype=F64, generator=rng(1))
+    for model, v, first in (
+        (Spins(), spins, r"\(0, 2\) it holds -1"),
+        (Spins(), spins.expand(5, 4, 3), r"\(0, 0, 2\) it holds -1"),
+        (ratings, DATA.where(DATA.cumsum(0) < 2, -1), r"\(1, 0\) it holds -1"),
+        (gaussian, normal, r"\(0, 0\) it holds "),
+    ):
+        assert model.log_prob(v).isfinite().all()
+        with pytest.raises(ValueError, match=f"zeros and ones only.*at index {first}"):
+            objective(model, v)
+    assert objective(Spins(), DATA).isfinite() and objective(gaussian, DATA.double()).isfinite()
 
 
 def test_bad_input_is_refused_with_a_sentence(rng):

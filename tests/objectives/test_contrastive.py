@@ -161,6 +161,24 @@ def test_persistent_chains_go_on_where_a_saved_state_left_off(rng):
         PersistentChains(rbm, 5).load_state_dict(saved)
 
 
+def test_a_vector_is_refused_before_any_chain_moves(rng):
+    """It would pass for a mean over no rows."""
+    rbm, g = machine(rng), rng(0)
+    chains = PersistentChains(rbm, 5, generator=g)
+    before = [x.clone() for x in (chains.x, chains.hidden_probs, g.get_state(), *rbm.parameters())]
+    for learn in (
+        lambda v: rbm.contrastive_step(v, generator=g),
+        lambda v: contrastive_divergence(rbm, v, generator=g),
+        lambda v: rbm.contrastive_update(v, 0.1, generator=g),
+        chains.loss,
+        lambda v: chains.update(v, 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"v must be a matrix \(n, 3\), got \(3,\)"):
+            learn(DATA[0])
+        after = chains.x, chains.hidden_probs, g.get_state(), *rbm.parameters()
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
 def test_bad_input_is_refused_before_any_chain_moves(rng):
     rbm = machine(rng)
     chains = PersistentChains(rbm, 5, generator=rng(0))

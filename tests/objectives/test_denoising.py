@@ -297,6 +297,12 @@ def test_bad_input_is_refused_with_a_sentence(rng):
             denoising_score_matching(model, v, bad)
     with pytest.raises(ValueError, match="sigma must be positive"):
         tweedie(model, v, torch.tensor(0.0))
+    for integers in (v.long(), v.bool()):
+        for sigma in (0.5, torch.tensor(0.5)):
+            with pytest.raises(TypeError, match="x must be floating, got .*; convert it"):
+                tweedie(model, integers, sigma)
+        with pytest.raises(TypeError, match="x must be floating, got .*; convert it"):
+            annealed_langevin(model, scales, integers, 1, 0.1)
     with pytest.raises(ValueError, match="sigmas must fall"):
         annealed_langevin(model, scales.flip(0), v, 1, 0.1)
     with pytest.raises(ValueError, match="num_steps must be at least 1"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from companion.models.rbm import RBM
+from companion.models.rbm import RBM, CentredRBM, GaussianRBM, RatingRBM
 from companion.objectives import (
     FastPersistentChains,
     PersistentChains,
@@ -69,6 +69,29 @@ def test_maximum_likelihood_says_when_it_would_have_to_sum_too_much(rng):
         maximum_likelihood(Plain(rbm), v)
 
 
+class Spins:
+    """A user's model of spins -1 and +1, which does not look at what it is given."""
+
+    def log_prob(self, v):
+        return (v * v.roll(1, -1)).sum(-1).double()
+
+
+def test_maximum_likelihood_refuses_states_that_its_sum_would_leave_out(rng):
+    gaussian = GaussianRBM(3, 2, generator=rng(0), dtype=F64)
+    ratings = RatingRBM(3, 2, 2, generator=rng(0), dtype=F64)
+    normal = torch.randn(4, 3, dtype=F64, generator=rng(1))
+    for model, v in (
+        (Spins(), 2 * DATA - 1),
+        (ratings, DATA.where(DATA.cumsum(0) < 2, -1)),
+        (Plain(gaussian), normal),
+    ):
+        assert model.log_prob(v).isfinite().all()
+        with pytest.raises(ValueError, match="v must hold zeros and ones only"):
+            maximum_likelihood(model, v)
+    assert maximum_likelihood(Spins(), DATA).isfinite()
+    assert maximum_likelihood(gaussian, normal).isfinite()  # by an integral of its own
+
+
 # ---------------------------------------------------------------- persistent chains
 
 
@@ -108,6 +131,19 @@ def test_updates_in_place_are_losses_and_steps_of_gradient_descent(rng):
     torch.testing.assert_close(chains.state_dict()["hidden_probs"], others.hidden_probs)
     with pytest.raises(TypeError, match="Plain has no contrastive_update; take loss"):
         PersistentChains(Plain(rbm), 20, generator=rng(1)).update(DATA, 0.3)
+
+
+def test_persistent_chains_go_on_under_sixteen_bit_products(rng, device):
+    """The hidden units that the last call returned are then in 16 bits, and are taken."""
+    rbm = machine(rng, dtype=torch.float32, device=device)
+    chains = PersistentChains(rbm, 20, generator=rng(1, device))
+    start = chains.x
+    with torch.autocast(device.type, torch.bfloat16):
+        for _ in range(2):
+            chains.loss(DATA.to(device))
+            assert chains.hidden_probs.dtype == torch.bfloat16
+        chains.update(DATA.to(device), 0.1)
+    assert chains.x.shape == (20, 3) and not torch.equal(chains.x.float(), start)
 
 
 def test_the_chains_of_updates_in_single_precision_follow_the_law(rng):
@@ -170,6 +206,49 @@ def test_without_fast_weights_the_method_is_persistent_chains(rng):
             flat_grad(fast.loss(DATA), rbm), flat_grad(slow.loss(DATA), rbm), rtol=0, atol=1e-12
         )
         assert torch.equal(fast.x, slow.x)
+
+
+@pytest.mark.parametrize("frozen", ["W", "b", "c"])
+def test_fast_weights_leave_a_frozen_parameter_alone(frozen, rng):
+    rbm, free = machine(rng), machine(rng)
+    getattr(rbm, frozen).requires_grad_(False)
+    chains, others = (
+        FastPersistentChains(model, 20, fast_rate=0.3, decay=0.9, generator=rng(1))
+        for model in (rbm, free)
+    )
+    of_frozen = torch.cat(
+        [torch.full((p.numel(),), name == frozen) for name, p in rbm.named_parameters()]
+    )
+    loss = chains.loss(DATA)
+    torch.testing.assert_close(loss, others.loss(DATA))
+    assert torch.equal(chains.x, others.x)
+    assert not chains.fast[of_frozen].any() and others.fast[of_frozen].any()
+    torch.testing.assert_close(chains.fast[~of_frozen], others.fast[~of_frozen])
+    for _ in range(2):  # from here the free machine's chains are pushed elsewhere
+        rbm.zero_grad()
+        loss.backward()
+        free.zero_grad()
+        two_phases(free, DATA, chains.x).backward()
+        for (name, p), q in zip(rbm.named_parameters(), free.parameters(), strict=True):
+            if name == frozen:
+                assert p.grad is None
+            else:
+                torch.testing.assert_close(p.grad, q.grad)
+        loss = chains.loss(DATA)
+        assert not chains.fast[of_frozen].any() and chains.fast[~of_frozen].all()
+
+
+def test_the_chains_follow_a_centred_machine_when_its_offsets_move(rng):
+    """Recentring keeps the law; parameters without their offsets are another machine."""
+    rbm = CentredRBM(3, 2, dtype=F64)
+    with torch.no_grad():
+        for parameter in rbm.parameters():
+            parameter.copy_(2 * torch.randn(parameter.shape, generator=rng(0), dtype=F64) + 0.3)
+    chains = FastPersistentChains(rbm, 1000, fast_rate=0.1, generator=rng(1))
+    start = chains.x
+    rbm.recentre(DATA, rate=1.0)
+    chains.loss(DATA, generator=rng(2))  # there are no fast weights as yet
+    assert torch.equal(chains.x, rbm.gibbs(start, generator=rng(2)))
 
 
 # ---------------------------------------------------------------- a ladder of machines
@@ -260,6 +339,22 @@ def every_method(model, device, rng):
         FastPersistentChains(model, 6, fast_rate=0.1, generator=rng(1, device)),
         TemperedChains(model, 6, BETAS.tolist(), generator=rng(1, device)),
     ]
+
+
+def test_a_generator_takes_the_place_of_the_chains_own(rng):
+    rbm, others = machine(rng), every_method(machine(rng), "cpu", rng)
+    for chains, other in zip(every_method(rbm, "cpu", rng), others, strict=True):
+        state, other.generator = chains.generator.get_state(), rng(5)
+        chains.loss(DATA, 3, generator=rng(5))
+        other.loss(DATA, 3)
+        assert torch.equal(chains.x, other.x)
+        assert torch.equal(chains.generator.get_state(), state)
+    chains, other = every_method(rbm, "cpu", rng)[0], others[0]
+    state, chains.x, other.generator = chains.generator.get_state(), other.x, rng(6)
+    chains.update(DATA, 0.1, 3, generator=rng(6))
+    other.update(DATA, 0.1, 3)
+    assert torch.equal(chains.x, other.x) and torch.equal(flat(rbm), flat(other.model))
+    assert torch.equal(chains.generator.get_state(), state)
 
 
 def test_chains_go_on_where_a_saved_state_left_off(rng):

@@ -70,7 +70,9 @@ def contrastive_update(
     """What `RBM.contrastive_update` does."""
     check_real("rate", rate, minimum=0.0)
     weights, b, c = rbm.parameters(recurse=False)
-    if not math.isfinite((weights.sum() + b.sum() + c.sum()).item()):
+    wide = torch.promote_types(weights.dtype, torch.float32)  # a sum of 16-bit numbers overflows
+    total = weights.sum(dtype=wide) + b.sum(dtype=wide) + c.sum(dtype=wide)
+    if not math.isfinite(total.item()):
         raise FloatingPointError(
             "a parameter is NaN or infinite, so no update was made: go back to a state that was "
             "good, and take a lower rate"
