@@ -24,6 +24,7 @@ from companion.importance import (
     resample,
     weights,
 )
+from companion.inputs import draw
 from companion.monte_carlo import estimate
 from companion.targets import Gaussian, GaussianMixture
 from tests.calibration import is_calibrated, z_score
@@ -233,6 +234,27 @@ def test_a_constant_in_log_prob_moves_log_z_alone(rng):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=0)
     with pytest.raises(ValueError, match=r"weights overflow: the largest is exp\(500"):
         two.integral(torch.square)
+
+
+@pytest.mark.parametrize("constant", [-690.0, -400.0, -200.0, 200.0, 360.0, 690.0])
+def test_an_integral_scales_with_its_density_and_so_does_its_error(rng, constant):
+    """Squares of weights would under- or overflow."""
+    one = importance_sampling(bell, normals(2), 1000, generator=rng(7)).integral(torch.square)
+    found = importance_sampling(lambda x: bell(x) + constant, normals(2), 1000, generator=rng(7))
+    got = found.integral(torch.square)
+    for a, b in (got.value, one.value), (got.std_error, one.std_error):
+        torch.testing.assert_close(a.log(), b.log() + constant, rtol=1e-12, atol=1e-10)
+
+
+def test_integrals_that_float64_cannot_hold_are_refused(rng):
+    # One problem of two underflows: neither its value nor its error would be more than zero.
+    low = torch.tensor([0.0, -800.0], **F64)
+    found = importance_sampling(lambda x: bell(x) + low, normals(2), 100, generator=rng(7))
+    with pytest.raises(ValueError, match=r"weights underflow: the largest is exp\(-79.*and log_z"):
+        found.integral(torch.square)
+    found = importance_sampling(lambda x: bell(x) + 690.0, normals(1), 100, generator=rng(7))
+    with pytest.raises(ValueError, match="the integral"):
+        found.integral(lambda x: 1e30 * torch.ones_like(x))
 
 
 # ---------------------------------------------------------------- shapes, zero weights, bad input
@@ -883,8 +905,40 @@ def test_adapt_proposal_refuses_what_it_cannot_fit(rng):
         adapt_proposal(target.log_prob, wide_normal(), 500, num_rounds=0)
     with pytest.raises(ValueError, match="fraction"):
         adapt_proposal(target.log_prob, wide_normal(), 500, fraction=1.0)
-    with pytest.raises(ValueError, match="every weight is zero"):
+    with pytest.raises(ValueError, match="only 0 of 500 draws fell where .* 12 are needed"):
         adapt_proposal(lambda x: torch.full_like(x[:, 0], -math.inf), wide_normal(), 500)
+
+
+def test_a_component_that_few_draws_made_keeps_its_place(rng):
+    x = torch.randn(500, 2, generator=rng(62), **F64)
+    law = torch.tensor([0.5, 0.5], **F64), torch.tensor([[0.0, 0.0], [1e3, 0.0]], **F64)
+    eye = torch.eye(2, **F64).expand(2, 2, 2)
+    share = torch.full((500,), 1 / 500, **F64)
+    for few, moves in (2, False), (6, False), (9, True):
+        y = x.clone()
+        y[:few, 0] += 1e3
+        _, means, covariances = proposals._em_step(y, share, *law, eye)
+        assert torch.equal(means[1], law[1][1]) != moves
+        assert torch.equal(covariances[1], eye[1]) != moves
+        torch.testing.assert_close(means[0], y[few:].mean(0))
+
+
+def test_a_target_of_bounded_support_is_adapted_to(rng):
+    """Fewer draws than are clipped have positive weight in the first round."""
+
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where((x - 3.0).abs().amax(-1) < 1.1, 0.0, -math.inf)
+
+    first = draw(wide_normal(), 1000, generator=rng(60))
+    assert 12 <= (log_prob(first) > -math.inf).sum() < math.isqrt(1000)
+    g = rng(60)
+    q = adapt_proposal(log_prob, wide_normal(), 1000, generator=g)
+    found = importance_sampling(log_prob, q, 10_000, generator=g)
+    assert found.ess > 3000
+    assert abs(found.log_z.value - 2 * math.log(2.2)) < Z * found.log_z.std_error
+    tiny = lambda x: log_prob(3.0 + 4.0 * (x - 3.0))  # noqa: E731
+    with pytest.raises(ValueError, match=r"only \d of 1000 draws .* 12 are .* widen .*more draws"):
+        adapt_proposal(tiny, wide_normal(), 1000, generator=g)
 
 
 def test_no_proposal_beats_the_one_proportional_to_the_integrand(rng, ledger):

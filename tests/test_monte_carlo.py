@@ -548,3 +548,9 @@ def test_no_tensor_is_made_on_the_default_device(rng):
         result = rejection_sampling(half_normal, q, 0.5, 100, generator=generator)
         assert result.x.device.type == result.log_z.value.device.type == "cpu"
         assert math.isfinite(result.log_z.std_error)
+
+
+def test_a_log_density_of_whole_numbers_is_one(rng):
+    q = torch.distributions.Uniform(0.0, 1.0)
+    found = rejection_sampling(lambda x: torch.zeros(len(x), dtype=torch.int64), q, 0.0, 100)
+    assert found.accept_rate == 1.0 and found.x.shape == (100,)

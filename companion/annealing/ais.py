@@ -81,7 +81,9 @@ def ais(
     Warns:
         UserWarning: an effective sample size below about ten; or one below a fifth where normal
             log weights of the spread seen would have one below ten, since then the large weights
-            have been missed. The estimate is too low by nobody knows how much.
+            have been missed; or one below a half with weights, at least 200, whose k-hat is above
+            its limit (see `companion.importance.psis`). The estimate is too low by nobody knows
+            how much.
 
     Reference: Neal (2001), *Annealed importance sampling*; Salakhutdinov and Murray (2008), *On the
     quantitative analysis of deep belief networks*.
@@ -139,6 +141,13 @@ def reverse_ais(
     average, by about half its variance. Draws of a long run will do as well as they stand for the
     target; draws of a mode alone give the Z of that mode, which is too low. The target must be
     positive wherever the base is.
+
+    The 1 / w need a variance, or the standard error means nothing. In one step it is
+    `E[1 / w^2] = int base^2 / target`, times constants: finite only if the target's tails are heavy
+    enough, for normal laws if the base has less than twice the target's variance. Where each step
+    forgets where it came from, the same holds of neighbouring betas, and close ones mend it. Where
+    steps have a bounded length, as a random walk's, the far tail of 1 / w stays that of one step,
+    however many the betas: take a narrower base, or longer moves.
 
     The cost is that of `ais`.
 

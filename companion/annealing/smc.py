@@ -32,7 +32,7 @@ from companion.inputs import check_count, check_generator, check_real
 from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate
 from companion.monte_carlo.estimates import evaluate
-from companion.tempering.routes import check_path
+from companion.tempering.routes import check_single_path
 from companion.tempering.schedules import check_betas
 
 __all__ = ["SMCResult", "adaptive_schedule", "smc"]
@@ -137,7 +137,13 @@ def smc(
       of the estimate, this is unbiased. For the other schemes it is `N / (N - 1) (sum_e s_e^2 -
       1 / N)`, the variance as if families were independent. They compete for their places, so this
       is cautious: where the moves forget everything the standard error is a tenth too large with
-      systematic resampling and a third with residual; where they mix badly, about right.
+      systematic resampling and a third with residual; where they mix badly, about right. It also
+      takes the place of the first estimate where that is negative, as it may be by chance.
+
+    These factors hold where it is resampled at about half the effective sample size or less. With
+    `ess_threshold=1` on a fine schedule families die out by resampling that hardly was needed, and
+    the standard error of one replicate is too large without bound (2 to 21 times were measured):
+    take replicates there.
 
     It never exceeds 1, however far off the estimate is. A warning says when all particles descend
     from effectively fewer than ten of the first draws: then it says nothing.
@@ -327,7 +333,7 @@ def _check(
     num_moves: int,
     generator: torch.Generator | None,
 ) -> None:
-    check_path(path)
+    check_single_path(path)
     check_count("num_particles", num_particles, minimum=2)
     check_count("num_moves", num_moves, minimum=0)
     if not 0.0 <= check_real("ess_threshold", ess_threshold) <= 1.0:

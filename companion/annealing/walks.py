@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from companion.core import AnnealingPath, LogZ
+from companion.importance.weights import pareto_k, pareto_limit
 from companion.storage import Checkpoint
 
 __all__ = ["Walk", "base_log_z", "trial", "warn_if_few_count"]
 
 _LARGEST_ERROR = 0.3  # of log Z: the effective sample size is then about ten
+_TAIL = 200  # weights that tell a heavy tail
+_MOST = 10**6  # weights looked at: quantiles of more than 2^24 are refused by PyTorch
 
 
 class Walk:
@@ -81,25 +84,50 @@ def warn_if_few_count(log_z: LogZ, sign: int, *, stacklevel: int) -> None:
 
     Where the largest weights have not been met, the effective sample size is too large. If it is
     below a fifth already, we look at the spread of the log weights in the middle, which is well
-    known: normal ones of variance s^2 would have an effective sample size of `n exp(-s^2)`.
+    known: normal ones of variance s^2 would have an effective sample size of `n exp(-s^2)`. If it
+    is below a half, we look at the tail: above the limit of k-hat the weights may have no variance.
     """
     assert log_z.log_weights is not None and log_z.ess is not None
     n = len(log_z.log_weights)
-    log_weights = sign * log_z.log_weights
+    log_weights = sign * log_z.log_weights[:_MOST]
     alive = log_weights.where(log_weights > -torch.inf, torch.nan)
     quantiles = alive.new_tensor([0.5, 0.841])  # the mean and one s above, of a normal law
     middle, above = alive.nanquantile(quantiles, 0)
     of_normal = n * (-(above - middle).square()).exp()
     ess = torch.where(log_z.ess < 0.2 * n, torch.minimum(log_z.ess, of_normal), log_z.ess)
-    suspect = 1.0 / ess - 1.0 / n > _LARGEST_ERROR**2
+    few = 1.0 / ess - 1.0 / n > _LARGEST_ERROR**2
+    limit = pareto_limit(len(log_weights))
+    k = _tails(log_weights, log_z.ess < 0.5 * n)
+    suspect = few | (k > limit)
     if suspect.any():
         several = ""
         if log_z.value.ndim:
             several = f"in {int(suspect.sum())} of {suspect.numel()} machines "
-        warnings.warn(
+        found = (
             f"the effective sample size {several}is {float(ess.min()):.1g} of {n} chains, by their "
-            f"weights or by the spread of these: log Z may be too {'low' if sign > 0 else 'high'} "
+            "weights or by the spread of these"
+        )
+        if not few.any():
+            found = (
+                f"the tail of the weights {several}is too heavy: k-hat is up to "
+                f"{float(k[k > limit].max()):.2f} (limit {limit:.2f}), and they may have no "
+                "variance"
+            )
+        warnings.warn(
+            f"{found}: log Z may be too {'low' if sign > 0 else 'high'} "
             "by far more than its standard error. Take more betas, or a base nearer to the target "
             "(for a trained RBM, annealing_path with the log-odds of the data's unit means)",
             stacklevel=stacklevel,
         )
+
+
+def _tails(log_weights: Tensor, where: Tensor) -> Tensor:
+    """k-hat of the problems asked for, `(*machines)`, and minus infinity elsewhere.
+
+    From so many weights on that log-normal ones rarely look as if they had no variance.
+    """
+    k = torch.full_like(log_weights[0], -torch.inf)
+    where = where & (log_weights > -torch.inf).any(0)
+    if len(log_weights) >= _TAIL and where.any():
+        k[where] = pareto_k(log_weights[:, where])
+    return k

@@ -118,8 +118,8 @@ def adapt_proposal(
         An object with `sample(n, *, generator)` and `log_prob(x)`.
 
     Raises:
-        ValueError: too few draws a round, draws that are not `(n, d)`, or what
-            `importance_sampling` refuses.
+        ValueError: too few draws a round, or too few of them, `4 (d + 1) num_components`, where
+            the target has mass; draws that are not `(n, d)`, or what `importance_sampling` refuses.
 
     Reference: Cappé, Douc, Guillin, Marin and Robert (2008), *Adaptive importance sampling in
     general mixture classes*; the clipping, Koblents and Míguez (2015), *A population Monte Carlo
@@ -155,7 +155,14 @@ def adapt_proposal(
                 f"least {10 * fewest}, got {num_samples}"
             )
         log_weights = weigh(log_prob, current, x)
-        clip = max(fewest, math.isqrt(num_samples))
+        positive = int((log_weights > -math.inf).sum())
+        if positive < fewest:
+            raise ValueError(
+                f"only {positive} of {num_samples} draws fell where the target has mass, and "
+                f"{fewest} are needed to fit {num_components} components in {x.shape[1]} "
+                "dimensions; widen the proposal, or take more draws"
+            )
+        clip = min(max(fewest, math.isqrt(num_samples)), positive)
         log_weights = log_weights.clamp(max=log_weights.topk(clip).values[-1])
         if components is None:
             components = _start(x.double(), log_weights, num_components, generator)

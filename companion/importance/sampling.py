@@ -20,9 +20,13 @@ from torch import Tensor
 from companion.core import LogProb, LogZ
 from companion.importance.weights import log_mean_weight, psis, warn_if_collapsed
 from companion.inputs import Sampler, check_count, check_finite, draw
+from companion.mcmc.base import expand
 from companion.monte_carlo import Estimate, estimate
 
 __all__ = ["ImportanceResult", "importance_sampling"]
+
+_RANGE = 700.0  # float64 holds exp of log weights between these limits,
+_SAFE = 300.0  # and of twice these
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +86,24 @@ class ImportanceResult:
             An `Estimate` of shape `(*batch, *shape)`.
 
         Raises:
-            ValueError: as in `expectation`; or weights too large for float64.
+            ValueError: as in `expectation`; or weights, or a result, outside of float64's range.
         """
-        largest = float(self.log_weights.max())
-        if largest > 700.0:
-            raise ValueError(
-                f"weights overflow: the largest is exp({largest:.1f}). Subtract a constant from "
-                "log_prob, or use expectation(f) and log_z"
-            )
-        weights, y = self._align(self.log_weights.exp(), f)
-        return estimate(weights * y)
+        largest = self.log_weights.amax(0)
+        for wrong, what in ((largest > _RANGE, "over"), (largest < -_RANGE, "under")):
+            if wrong.any():
+                raise ValueError(
+                    f"weights {what}flow: the largest is exp({float(largest[wrong][0]):.1f}), and "
+                    f"float64 ends near exp({'-' if what == 'under' else ''}{_RANGE:.0f}). Add a "
+                    "constant to log_prob, or use expectation(f) and log_z"
+                )
+        # Squares of such weights would under- or overflow: they are taken relative to the largest.
+        shift = torch.where(largest.abs() > _SAFE, largest, 0.0)
+        weights, y = self._align((self.log_weights - shift).exp(), f)
+        found = estimate(weights * y)
+        scale = expand(shift.exp(), found.value)
+        value, std_error = found.value * scale, found.std_error * scale
+        check_finite("the integral (use expectation(f) and log_z)", value)
+        return Estimate(value, std_error, found.num_samples)
 
     @torch.no_grad()
     def _align(self, weights: Tensor, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ __all__ = [
     "effective_sample_size",
     "log_mean_weight",
     "pareto_k",
+    "pareto_limit",
     "psis",
     "resample",
     "warn_if_collapsed",
@@ -219,6 +220,15 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     return psis(log_weights)[1]
 
 
+def pareto_limit(n: int) -> float:
+    """The k-hat of n draws, at least 2, above which an estimate is not taken for reliable.
+
+    >>> f"{pareto_limit(100):.2f} {pareto_limit(10_000):.2f}"
+    '0.50 0.70'
+    """
+    return min(1.0 - 1.0 / math.log10(n), 0.7)
+
+
 def warn_if_collapsed(log_weights: Tensor, k: Tensor | None = None, *, stacklevel: int = 2) -> None:
     """Warn of problems in which one draw outweighs all others together, or k-hat is too large.
 
@@ -238,7 +248,7 @@ def warn_if_collapsed(log_weights: Tensor, k: Tensor | None = None, *, stackleve
     suspect = largest > 0.5
     found = f"one of {n} draws has up to {float(largest.max()):.0%} of the weight"
     if k is not None and n >= 100:
-        limit = min(1.0 - 1.0 / math.log10(n), 0.7)
+        limit = pareto_limit(n)
         suspect = suspect | (k > limit)
         if (k > limit).any():
             found += f", and k-hat is up to {float(k[k > limit].max()):.2f} (limit {limit:.2f})"

@@ -132,8 +132,9 @@ def bar(log_w_forward: Tensor, log_w_reverse: Tensor, *, chains: bool = False) -
         lie where the other has mass: at best, where the densities are the same, n_0 n_1 / (n_0 +
         n_1). A warning tells when the standard error exceeds a third (then nothing is known), and
         the overlap of the two densities, `int p q / (s_p p + s_q q)`, from 0 to 1 (they are the
-        same). Where no draw of one side has positive density under the other, the standard error
-        is infinite and `converged` false.
+        same). Where no draw of one side has positive density under the other, or where the terms
+        of one chain are constant and not those of all, the standard error is infinite and
+        `converged` false.
 
     Raises:
         ValueError: log weights that are NaN, plus infinity forward or minus infinity in reverse
@@ -223,11 +224,10 @@ def _estimate(
     shared = torch.minimum(*(t.exp().sum(0) for t in bennett))
     variance, ess = torch.zeros_like(value), torch.full_like(value, math.inf)
     for side, t in enumerate(terms):
-        n, share = len(t), t.softmax(0)
+        n, share = len(t), t.softmax(0).nan_to_num(0.0)  # NaN where no term of a problem is left
         tau: Tensor | float = 1.0
-        if num_chains is not None and (share.amax(0) > share.amin(0)).any():
-            by_chain = share.reshape(num_chains[side], -1, *share.shape[1:])
-            tau = integrated_autocorrelation_time(by_chain)
+        if num_chains is not None:
+            tau = _time(share.reshape(num_chains[side], -1, *share.shape[1:]))
         variance = variance + tau * (share - 1.0 / n).square().sum(0) * n / (n - 1)
         ess = torch.minimum(ess, torch.minimum(1.0 / share.square().sum(0), shared) / tau)
     harmonic = sum(1.0 / len(t) for t in terms)
@@ -235,9 +235,9 @@ def _estimate(
         # Terms of a tail that neither side has reached are missing in their spread but not in their
         # sum; where the densities overlap, this is the optimal bridge's variance, too.
         variance = torch.maximum(variance, 1.0 / shared - harmonic)
-    known = value.isfinite() & (shared > 0.0)
+    known = value.isfinite() & (shared > 0.0) & (variance < math.inf)
     ess = torch.where(known, ess, 0.0)
-    poor = (variance > _WORST) | ~known
+    poor = ~(variance <= _WORST) | ~known
     if poor.any():
         warnings.warn(
             f"the two densities hardly overlap in {int(poor.sum())} of {poor.numel()} "
@@ -249,6 +249,23 @@ def _estimate(
         )
     std_error = torch.where(known, variance.sqrt(), math.inf)
     return LogZ(value, std_error, ess=ess, converged=bool((found & known).all()))
+
+
+def _time(share: Tensor) -> Tensor:
+    """The autocorrelation time of shares `(chains, draws, *batch)`, each problem's own.
+
+    1 where all shares are equal: they vary neither in a chain nor between the chains. Infinity
+    where one chain is constant and another is not: nothing tells for how long it would stay.
+    """
+    constant = (share == share[:, :1]).all(1)
+    moving = ~constant.any(0)
+    if moving.all():
+        return integrated_autocorrelation_time(share)
+    equal = constant.all(0) & (share[:, 0] == share[0, 0]).all(0)
+    tau = torch.where(equal, 1.0, math.inf).to(share)
+    if moving.any():
+        tau[moving] = integrated_autocorrelation_time(share[:, :, moving])
+    return tau
 
 
 def _densities(name: str, log_prob: LogProb, x: Tensor, chains: bool) -> Tensor:

@@ -12,7 +12,7 @@ from companion.core import AnnealingPath
 from companion.inputs import check_count
 from companion.tempering import check_betas, parallel_tempering, profile
 from companion.tempering.parallel import move
-from companion.tempering.routes import check_path, start
+from companion.tempering.routes import check_single_path, start
 
 __all__ = ["collect", "sample_ladder"]
 
@@ -140,7 +140,7 @@ def collect(
     if not isinstance(draws, Tensor):
         _run(path, betas, draws, lambda i, x: visit(x.unsqueeze(2)), **run)
         return torch.cat(parts, -1)
-    check_path(path)
+    check_single_path(path)
     if draws.ndim < 3 or len(draws) != len(betas) or draws.numel() == 0:
         raise ValueError(
             f"draws must be a number of draws, or points (R, chains, draws, *event) with R = "

@@ -284,14 +284,22 @@ def _log_densities(
     chains: bool,
 ) -> tuple[Tensor, Tensor, int | None]:
     """All log-densities at all draws in float64 (K, N), how many draws each state has, chains."""
+    if not len(draws):
+        raise ValueError("draws must hold the draws of at least one state, got none")
     if chains:
+        flat = [x.shape for x in draws if x.numel() and x.ndim < 2]
+        if flat:
+            raise ValueError(
+                "with chains=True the draws of every state must be (chains, draws, *event), got "
+                f"{tuple(flat[0])}"
+            )
         numbers = {len(x) for x in draws if x.numel()}
         if len(numbers) != 1 or min(numbers) < 2:
             raise ValueError(
                 "with chains=True the draws of every state must be (chains, draws, *event), of "
                 f"the same two or more chains; got {sorted(numbers)} chains"
             )
-        draws = [x.flatten(0, 1) for x in draws]
+        draws = [x.flatten(0, 1) if x.ndim > 1 else x for x in draws]  # of no draws: (0,), too
     counts = torch.tensor([len(x) for x in draws], device=draws[0].device)
     if counts.sum() < 2:
         raise ValueError(f"at least 2 draws are needed in all, got {int(counts.sum())}")

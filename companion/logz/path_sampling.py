@@ -133,7 +133,11 @@ def _derivatives(at: Callable[[Tensor], Tensor], rows: Tensor, shape: torch.Size
         second = torch.zeros_like(first)
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), beta, materialize_grads=True)
-    return torch.stack([first.detach(), second.detach()])
+    first = first.detach()
+    if first.isnan().any():  # as autograd has it also where the target is zero: 0 times infinity
+        zero = first.isnan() & (at(torch.ones_like(rows)) == -math.inf)
+        first = torch.where(zero, -math.inf, first)
+    return torch.stack([first, second.detach()])
 
 
 def _integrals(betas: Tensor, value: Tensor, slope: Tensor, step: int = 1) -> Tensor:
@@ -162,7 +166,7 @@ def _check_derivatives(first: Tensor, betas: Tensor) -> None:
         return
     rung = int(bad.flatten(1).any(1).nonzero()[0])
     hint = "look at the log-density there"
-    if rung == 0:
+    if rung == 0 and (first[0][bad[0]] == -math.inf).all():
         hint = (
             "the base puts mass where the target has none, and log Z is no smooth function of "
             "beta; take a base that does not, or stepping_stone, which bears it"
@@ -231,7 +235,8 @@ def stepping_stone(
 
     Raises:
         ValueError: betas that do not ascend from 0 to 1, draws of another shape, a step of the
-            ladder in which every weight is zero.
+            ladder in which every weight is zero; of draws that are given, a log-density that is NaN
+            or plus infinity, or a density of zero at a draw's own beta.
         TypeError: a path that is none.
 
     Warns:
@@ -250,7 +255,10 @@ def stepping_stone(
     betas = check_betas(betas, torch.device("cpu"), from_zero=True)
     run: dict[str, Any] = {"num_chains": num_chains, "warmup": warmup, "thin": thin, "swap": swap}
     run |= {"generator": generator, "progress": progress}
-    log_weights = collect(path, betas, draws, _to_next, run)
+    given = isinstance(draws, Tensor)
+    log_weights = collect(path, betas, draws, _checked if given else _to_next, run)
+    if given:
+        _check_draws(log_weights, betas)
     ess = effective_sample_size(log_weights.flatten(1), 1)
     num = log_weights[0].numel()
     if (ess < min(_FEWEST, 0.5 * num)).any():
@@ -267,3 +275,21 @@ def stepping_stone(
 
 def _to_next(at: Callable[[Tensor], Tensor], rows: Tensor, shape: torch.Size) -> Tensor:
     return to_next(at(rows), at(torch.cat([rows[1:], rows[-1:]])))
+
+
+def _checked(at: Callable[[Tensor], Tensor], rows: Tensor, shape: torch.Size) -> Tensor:
+    """The log weights of `_to_next`, but NaN where no draw of that beta can have them."""
+    own, above = at(rows)[:-1], at(torch.cat([rows[1:], rows[-1:]]))[:-1]
+    return torch.where(own.isfinite() & (above < math.inf), above - own, math.nan)
+
+
+def _check_draws(log_weights: Tensor, betas: Tensor) -> None:
+    wrong = log_weights.isnan()
+    if wrong.any():
+        first = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{int(wrong.sum())} of {wrong.numel()} draws have density zero at their own beta, or "
+            "a log-density there or at the next beta that is NaN or plus infinity; the first at "
+            f"(rung, chain, draw) = {first}, beta = {float(betas[first[0]]):.3g}: are they draws "
+            "of this path, in the order of betas?"
+        )

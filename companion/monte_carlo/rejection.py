@@ -124,7 +124,9 @@ def _log_accept(log_prob: LogProb, proposal: Sampler, log_bound: float, x: Tenso
             i = int(torch.nonzero(value.isnan())[0])
             raise ValueError(f"{name} is NaN at {int(value.isnan().sum())} draws, first {x[i]}")
     # The bound is often attained: round-off there (of the coarser dtype) is no violation.
-    eps = max(torch.finfo(log_p.dtype).eps, torch.finfo(log_q.dtype).eps)
+    # Whole numbers have none of their own.
+    dtypes = [value.dtype for value in (log_p, log_q) if value.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     slack = 16 * eps * (1.0 + log_p.abs() + log_q.abs())
     log_p, log_q = log_p.double(), log_q.double() - getattr(proposal, "log_z", 0.0)
     log_ratio = log_p - log_q

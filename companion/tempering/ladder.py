@@ -9,6 +9,7 @@ become more frequent than `1 / (2 + 2 Lambda)` an iteration, however many rungs 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,9 +98,12 @@ def tune_ladder(
     betas = check_betas(betas, torch.device("cpu"))
     x = None
     for i in range(num_rounds):
-        run = parallel_tempering(
-            path, betas, num_steps * 2**i, num_chains=num_chains, x0=x, generator=generator
-        )
+        with warnings.catch_warnings():
+            if i < num_rounds - 1:  # these rounds are the warm-up of the last
+                warnings.filterwarnings("ignore", "[0-9]+ points had density zero")
+            run = parallel_tempering(
+                path, betas, num_steps * 2**i, num_chains=num_chains, x0=x, generator=generator
+            )
         rejection = 1.0 - run.swap_prob
         if i == num_rounds - 1:
             break

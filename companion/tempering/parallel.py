@@ -59,7 +59,8 @@ class ParallelTempering:
             `(chains,)`, integers.
         round_trip_rate: these an iteration, `(chains,)`, float64.
         log_z: log Z of the target by stepping stones, a `LogZ` without log weights; None if the
-            ladder does not begin at 0, where Z is known.
+            ladder does not begin at 0, where Z is known. Where no point of a rung has density at
+            the next, it is minus infinity, its error infinite and `converged` false.
         x: where the replicas stood at the end, `(R, chains, *event)`: `x0` of a run that goes on.
     """
 
@@ -129,7 +130,8 @@ def parallel_tempering(
         TypeError: a path that is none, an `x0` of another dtype than the base's draws.
 
     Warns:
-        UserWarning: swaps whose log-densities were NaN. They are rejected.
+        UserWarning: swaps whose log-densities were NaN, which are rejected; points that had density
+            zero at their own beta after the warm-up.
 
     Reference: Geyer (1991), *Markov chain Monte Carlo maximum likelihood*; Okabe, Kawata, Okamoto
     and Mikami (2001), *Replica-exchange Monte Carlo method for the isobaric-isothermal ensemble*,
@@ -177,7 +179,7 @@ def parallel_tempering(
     like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
     swap_prob = torch.zeros(num_rungs - 1, num_chains, **like)
     log_ratio = torch.full_like(swap_prob, -torch.inf)
-    round_trips, num_moved, num_nan = replica.new_zeros(3, num_chains)
+    round_trips, num_moved, num_nan, num_outside = replica.new_zeros(4, num_chains)
     draws = x.new_empty(num_draws, *x.shape[1:])
     log_prob = torch.empty(num_draws, num_chains, **like)
     replicas = replica.new_empty(num_draws, num_chains, num_rungs)
@@ -202,6 +204,7 @@ def parallel_tempering(
         round_trips += returned
         num_moved += (x[-1] != last).reshape(num_chains, -1).any(1)
         num_nan += info.is_nan.sum(0)
+        num_outside += (levels[1] == -torch.inf).sum(0)
         swap_prob += info.accept_prob
         log_ratio = torch.logaddexp(log_ratio, to_next(levels[1], levels[2]))
         draw, remainder = divmod(i, thin)
@@ -216,6 +219,12 @@ def parallel_tempering(
         warnings.warn(
             f"{int(num_nan.sum())} swaps met a NaN log-density and were rejected "
             f"(in {int((num_nan > 0).sum())} of {num_chains} chains)",
+            stacklevel=3,  # seen from the caller of the decorated function
+        )
+    if num_outside.any():
+        warnings.warn(
+            f"{int(num_outside.sum())} points had density zero at their own beta after the warm-up;"
+            " they count as weight zero in log Z, and may be among the draws: warm up for longer",
             stacklevel=3,  # seen from the caller of the decorated function
         )
     trace = Trace(
@@ -310,6 +319,8 @@ def stones(path: AnnealingPath, log_ratios: Tensor) -> LogZ:
     num_chains = log_ratios.shape[1]
     log_ratio = log_ratios.logsumexp(1) - math.log(num_chains)
     value = log_ratio.sum() + torch.as_tensor(path.base_log_z, device="cpu").double().to(log_ratio)
+    if value == -math.inf:  # from some rung no point reached the next
+        return LogZ(value, math.inf, converged=False)
     if num_chains == 1:
         return LogZ(value, torch.nan)
     influence = (log_ratios - log_ratio[:, None]).expm1().sum(0)

@@ -16,7 +16,15 @@ from torch import Tensor
 from companion.core import AnnealingPath
 from companion.inputs import check_finite, check_generator
 
-__all__ = ["advance", "check_path", "gain", "profile", "reverse_step", "start"]
+__all__ = [
+    "advance",
+    "check_path",
+    "check_single_path",
+    "gain",
+    "profile",
+    "reverse_step",
+    "start",
+]
 
 
 # ---------------------------------------------------------------- what a path may leave out
@@ -98,6 +106,17 @@ def check_path(path: AnnealingPath) -> None:
         raise TypeError(f"path must be an AnnealingPath, got {type(path).__name__}")
 
 
+def check_single_path(path: AnnealingPath) -> None:
+    """`check_path`, and raise if the path is that of a batch of machines."""
+    check_path(path)
+    batch = tuple(torch.as_tensor(path.base_log_z).shape)
+    if batch:
+        raise ValueError(
+            f"expected a path of one model, got that of a batch of machines {batch}: unbind the "
+            "machines and take the path of each"
+        )
+
+
 def start(
     path: AnnealingPath,
     shape: tuple[int, ...],
@@ -108,7 +127,7 @@ def start(
 
     The last entry of `shape` is the number of chains; `x0` may be `(chains, *event)` for all.
     """
-    check_path(path)
+    check_single_path(path)
     if x0 is None:
         x = path.sample_base(math.prod(shape), generator=generator)
         return x.reshape(*shape, *x.shape[1:])

@@ -25,7 +25,7 @@ from companion.mcmc.base import (
     select,
     uniform_noise,
 )
-from companion.tempering.routes import check_path, gain, profile, reverse_step
+from companion.tempering.routes import check_single_path, gain, profile, reverse_step
 from companion.tempering.schedules import check_betas
 
 __all__ = ["tempered_transitions"]
@@ -91,7 +91,7 @@ def tempered_transitions(
     >>> f"{(x > 0).double().mean():.2f}"
     '0.25'
     """
-    check_path(path)
+    check_single_path(path)
     levels: list[float] = check_betas(betas, torch.device("cpu")).tolist()
     if len(levels) < 2:
         raise ValueError("betas must hold at least two levels: 1, and one below it to heat up to")

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from companion.annealing import ais, bidirectional, reverse_ais, smc
-from companion.importance import bootstrap_std_error, log_mean_weight
+from companion.annealing.walks import warn_if_few_count
+from companion.core import LogZ
+from companion.importance import bootstrap_std_error, log_mean_weight, pareto_k
 from companion.mcmc import random_walk
 from companion.models.ising import Ising
 from companion.models.rbm import RBM, GaussianRBM, LabelRBM
@@ -429,6 +431,94 @@ def test_the_gap_tells_what_the_effective_sample_size_does_not(rng):
         warnings.simplefilter("always")
         bidirectional(wide, linear_schedule(5), n, x, generator=rng(54))
     assert any("the gap between the upper and the lower" in str(w.message) for w in caught)
+
+
+def heavy_tailed(rng, seed: int):
+    """The 1 / w of a wide base, a narrow target and short steps have no variance."""
+    base = Normal(torch.zeros((), dtype=F64), 3.0)
+    path = GeometricPath(
+        base, lambda x: -0.5 * (x - 2.0).square(), lambda density: random_walk(density, 2.0)
+    )
+    x = 2.0 + torch.randn(2000, dtype=F64, generator=rng(seed))
+    return MODULE.reverse_ais(path, linear_schedule(6).square(), x, generator=rng(seed + 1))
+
+
+def test_inverse_weights_without_a_variance_are_told(rng):
+    """Their effective sample size mostly looks well, and their standard errors are too small."""
+    told = misses = 0
+    for seed in range(100, 140, 2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = heavy_tailed(rng, seed)
+        assert len(caught) <= 1
+        if caught:
+            assert "too high by far more" in str(caught[0].message)
+            assert caught[0].filename == __file__
+            told += "k-hat is up to" in str(caught[0].message)
+        misses += bool(abs(found.value - 0.5 * math.log(2 * math.pi)) > 2 * found.std_error)
+    assert told >= 8  # of 20; 14 are expected, and no more than 2 without k-hat
+    assert misses >= 5  # one is expected of 20 that are calibrated
+
+
+@pytest.mark.parametrize("mutant", ["sign * log_z", "ess < 0.5 * n)", "where, it counts"])
+def test_a_warning_by_the_wrong_tail_is_found(rng, monkeypatch, mutant):
+    if mutant == "sign * log_z":
+        plant(monkeypatch, warn_if_few_count, mutant, "log_z", where=MODULE)
+    elif mutant == "ess < 0.5 * n)":
+        plant(monkeypatch, warn_if_few_count, mutant, "ess < 0.0)", where=MODULE)
+    told = 0
+    for seed in range(100, 140, 2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            heavy_tailed(rng, seed)
+        told += any("k-hat" in str(w.message) for w in caught)
+    assert told >= 8 if mutant == "where, it counts" else told < 4
+
+
+def test_log_normal_weights_are_rarely_taken_for_heavy_tailed(rng):
+    """At a variance of 0.3^2 never, since their effective sample size is above a half."""
+    told = dict.fromkeys((0.3, 1.0), 0)
+    for sd in told:
+        for seed in range(200):
+            log_z = log_mean_weight(sd * torch.randn(500, dtype=F64, generator=rng(seed)))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                warn_if_few_count(log_z, 1, stacklevel=2)
+            told[sd] += len(caught)
+    # Nor are those of which the heavy tail is too small to matter.
+    tail = torch.rand(500, dtype=F64, generator=rng(0)) ** -0.9
+    log_z = log_mean_weight((1e-3 * tail).log1p())
+    assert pareto_k(log_z.log_weights) > 0.7 and log_z.ess > 400
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_few_count(log_z, 1, stacklevel=2)
+    assert told[0.3] == 0 and told[1.0] < 9  # one is expected, P(9 or more) < 1e-5
+
+
+def test_a_poor_schedule_backwards_is_told_and_a_good_one_is_not(rng, monkeypatch):
+    path = ExactGaussians([0.0], [1.0], [4.0], [1.0])  # of one step: log-normal, with variance 16
+    x = path.sample(500, 1.0, generator=rng(55))
+    with pytest.warns(UserWarning, match="too high by far more") as caught:
+        reverse_ais(path, linear_schedule(2), x, generator=rng(56))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = reverse_ais(path, linear_schedule(60), x, generator=rng(56))
+    assert abs(found.value - path.log_z(1.0)) < Z * found.std_error
+    # told of the weights the wrong way round
+    plant(monkeypatch, reverse_ais, "warn_if_few_count(log_z, -1", "warn_if_few_count(log_z, 1")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MODULE.reverse_ais(path, linear_schedule(2), x, generator=rng(56))
+    assert all("too high" not in str(w.message) for w in caught)
+
+
+def test_more_chains_than_quantiles_can_be_taken_of(rng):
+    n = 2**24 + 1
+    log_z = LogZ(0.0, 0.0, torch.zeros(1, dtype=F64).expand(n), torch.tensor(0.1 * n))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_few_count(log_z, 1, stacklevel=2)
 
 
 # ---------------------------------------------------------------- long runs

@@ -14,6 +14,7 @@ from companion.annealing import adaptive_schedule, lineage, smc
 from companion.annealing.population import conditional_ess_beta, stages
 from companion.importance import effective_sample_size, importance_sampling, log_mean_weight
 from companion.mcmc import metropolis_hastings, random_walk
+from companion.models.rbm import RBM
 from companion.monte_carlo import estimate
 from companion.targets import Gaussian
 from companion.tempering import GeometricPath, advance, likelihood_path
@@ -747,3 +748,10 @@ def test_bad_arguments_are_refused_before_any_work():
         adaptive_schedule(path, 10, 0.0)
     with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
         smc(path, 10, generator=3)
+
+
+def test_a_batch_of_machines_is_refused():
+    path = RBM(4, 3, batch_shape=(3,)).annealing_path()
+    for run in (lambda: smc(path, 10), lambda: adaptive_schedule(path, 10)):
+        with pytest.raises(ValueError, match=r"a batch of machines \(3,\): unbind the machines"):
+            run()

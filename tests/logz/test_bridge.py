@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Normal
 
 from companion.annealing import ais, reverse_ais
+from companion.diagnostics import integrated_autocorrelation_time
 from companion.importance import log_mean_weight
 from companion.logz import bar, bridge_sampling, enumeration
 from companion.logz.bridge import bennett_terms, solve
@@ -349,3 +350,60 @@ def test_bad_input_is_refused_with_a_sentence(rng):
         bar(torch.zeros(3), torch.tensor([0.0, -math.inf]))
     with pytest.raises(ValueError, match=r"but those of the draws, got \(3, 2\) and \(3, 4\)"):
         bar(torch.zeros(3, 2), torch.zeros(3, 4))
+
+
+def test_effective_draws_count_autocorrelation(rng):
+    """Some nine draws count for one on the side that has both the fewer and the slower draws."""
+    x_p = 2.0 + 0.5 * autoregressive(rng(21), 4, 1000, 20)
+    x_q = torch.randn(4, 4000, 20, dtype=F64, generator=rng(22))
+    found = bridge_sampling(log_p, x_p, log_q, x_q, chains=True)
+    as_one = bridge_sampling(log_p, x_p.flatten(0, 1), log_q, x_q.flatten(0, 1))
+    w = -(log_p(x_p) - log_q(x_p))
+    side = (log_p(x_q) - log_q(x_q)).flatten(0, 1), w.flatten(0, 1)
+    share = bennett_terms(*side, found.value)[1].softmax(0).reshape(4, 1000, 20)
+    tau = integrated_autocorrelation_time(share)
+    assert tau.min() > 2
+    torch.testing.assert_close(found.ess, as_one.ess / tau)
+
+
+def chains_of(rng_, problems):
+    x_p = 2.0 + 0.5 * autoregressive(rng_, 3, 200, problems)
+    x_q = torch.randn(3, 200, problems, dtype=F64, generator=rng_)
+    return log_p(x_q) - log_q(x_q), log_p(x_p) - log_q(x_p)
+
+
+def test_each_problem_of_chains_has_a_time_of_its_own(rng):
+    """A dead one, one of equal ratios and one with a constant chain, beside two good ones."""
+    forward, reverse = chains_of(rng(23), 5)
+    good = [bar(forward[..., i], reverse[..., i], chains=True) for i in (0, 4)]
+    forward[..., 1] = -math.inf
+    forward[..., 2] = reverse[..., 2] = 0.3
+    forward[1, :, 3] = forward[1, 0, 3]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = bar(forward, reverse, chains=True)
+    assert len(caught) == 1 and "hardly overlap in 2 of 5 problems" in str(caught[0].message)
+    for i, one in zip((0, 4), good, strict=True):
+        torch.testing.assert_close(found.value[i], one.value)
+        torch.testing.assert_close(found.std_error[i], one.std_error)
+        torch.testing.assert_close(found.ess[i], one.ess)
+    assert found.std_error[1] == math.inf and found.ess[1] == 0.0
+    assert abs(found.value[2] - 0.3) < 1e-12 and found.std_error[2] < 1e-7
+    assert found.ess[2] == pytest.approx(300)
+    assert found.value[3].isfinite() and found.std_error[3] == math.inf and found.ess[3] == 0.0
+    assert not found.converged
+
+
+@pytest.mark.parametrize("chain", [0, 2])
+def test_a_chain_that_never_moved_has_no_standard_error(rng, chain):
+    forward, reverse = (w[..., 0] for w in chains_of(rng(24), 1))
+    reverse[chain] = reverse[chain, 0]
+    with pytest.warns(UserWarning, match="hardly overlap in 1 of 1 problems"):
+        found = bar(forward, reverse, chains=True)
+    assert found.std_error == math.inf and not found.converged and found.ess == 0.0
+    # All constant, but not at one place: nor has this.
+    reverse[:] = reverse[:, :1]
+    with pytest.warns(UserWarning, match="hardly overlap in 1 of 1 problems"):
+        assert bar(forward, reverse, chains=True).std_error == math.inf
+    equal = bar(torch.full((3, 9), 0.3), torch.full((3, 9), 0.3), chains=True)
+    assert equal.converged and equal.std_error < 1e-7

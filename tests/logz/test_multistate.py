@@ -321,3 +321,20 @@ def test_bad_input_is_refused_with_a_sentence(rng):
         mbar([of_state(0), of_state(1)], [x[0][:1], x[1][:0]])
     with pytest.raises(ValueError, match=r"same two or more chains; got \[5, 6\] chains"):
         mbar([of_state(0), of_state(1)], [torch.zeros(5, 2), torch.zeros(6, 2)], chains=True)
+
+
+def test_states_without_draws_and_no_states_at_all():
+    def densities(x):
+        return -0.5 * (x * torch.tensor([[1.0], [1.5], [2.0]], dtype=F64)).square()
+
+    g = torch.Generator().manual_seed(0)
+    x = [s * torch.randn(4, 50, dtype=F64, generator=g) for s in (1.0, 0.5)]
+    empty = torch.zeros(0, dtype=F64)
+    found = mbar(densities, [x[0], empty, x[1]], chains=True)
+    other = mbar(densities, [x[0], empty.reshape(4, 0), x[1]], chains=True)
+    assert torch.equal(found.value, other.value) and found.value.isfinite().all()
+    with pytest.raises(ValueError, match=r"must be \(chains, draws, \*event\), got \(200,\)"):
+        mbar(densities, [x[0], empty, x[1].flatten()], chains=True)
+    for chains in False, True:
+        with pytest.raises(ValueError, match="at least one state, got none"):
+            mbar([], [], chains=chains)

@@ -402,3 +402,62 @@ def test_all_tensors_follow_the_path(rng, method):
                 assert log_z.value.device.type == "cpu"
     finally:
         torch.set_default_device("cpu")
+
+
+def over_a_half(rng_) -> tuple[GeometricPath, Tensor]:
+    """A target that is zero below 0, and draws of its ladder."""
+    base = Normal(torch.zeros((), dtype=F64), 1.0)
+
+    def half(x: Tensor) -> Tensor:
+        return torch.where(x > 0.0, base.log_prob(x), -math.inf)
+
+    path = GeometricPath(base, half, lambda log_prob: random_walk(log_prob, 1.0))
+    x = torch.randn(3, 10, 20, dtype=F64, generator=rng_)
+    x[1:] = x[1:].abs()
+    return path, x
+
+
+def test_stepping_stones_refuse_draws_that_are_none(rng):
+    path, x = over_a_half(rng(1))
+    betas, zero = [0.0, 0.5, 1.0], torch.zeros((), dtype=F64)
+    log_z = stepping_stone(path, betas, x)  # zero density at the next beta is no fault
+    assert abs(log_z.value + math.log(2.0)) < Z * log_z.std_error
+    wrong = x.clone()
+    wrong[1, 3, 7] = -1.0
+    with pytest.raises(ValueError, match=r"1 of 400 draws have density zero .* = \(1, 3, 7\)"):
+        stepping_stone(path, betas, wrong)
+    with pytest.raises(ValueError, match="in the order of betas"):
+        stepping_stone(path, betas, x[[1, 0, 2]])
+    for value in math.nan, math.inf:
+
+        def broken(x: Tensor, value: float = value) -> Tensor:
+            return torch.where(x > 2.0, value, -x.abs())
+
+        path = GeometricPath(Normal(zero, 1.0), broken, lambda log_prob: random_walk(log_prob, 1.0))
+        with pytest.raises(ValueError, match="NaN or plus infinity"):
+            stepping_stone(path, betas, x)
+        only_above = x.clamp(max=1.5)
+        only_above[0, 0, 5] = 3.0  # its density at its own beta is the base's
+        with pytest.raises(ValueError, match=r"1 of 400 draws .* = \(0, 0, 5\), beta = 0:"):
+            stepping_stone(path, betas, only_above)
+
+
+def test_the_base_is_blamed_only_where_the_target_is_zero(rng):
+    path, x = over_a_half(rng(1))
+    with pytest.raises(ValueError, match="at beta = 0: the base puts mass"):
+        thermodynamic_integration(path, [0.0, 0.5, 1.0], x)
+    base = Normal(torch.zeros((), dtype=F64), 1.0)
+    path = GeometricPath(
+        base, lambda x: torch.where(x > 0.0, -x, math.nan), lambda p: random_walk(p, 1.0)
+    )
+    with pytest.raises(ValueError, match="at beta = 0: look at the log-density there"):
+        thermodynamic_integration(path, [0.0, 0.5, 1.0], x)
+
+
+@METHODS
+def test_a_batch_of_machines_is_refused(rng, method):
+    path = RBM(4, 3, batch_shape=(3,)).annealing_path()
+    with pytest.raises(ValueError, match=r"a batch of machines \(3,\): unbind"):
+        BOTH[method](path, SIX, 5, generator=rng(0))
+    with pytest.raises(ValueError, match=r"a batch of machines \(3,\): unbind"):
+        BOTH[method](path, SIX, torch.zeros(6, 2, 3, 4))

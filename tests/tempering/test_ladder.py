@@ -10,6 +10,7 @@ from scipy.integrate import quad
 from companion.tempering import ladder as ladder_module
 from companion.tempering import linear_schedule
 from companion.tempering.ladder import tune_ladder
+from companion.tempering.parallel import parallel_tempering
 from tests.mcmc.exact_targets import plant
 from tests.tempering.exact_paths import F64, ExactGaussians
 
@@ -196,3 +197,25 @@ def test_one_seed_gives_one_ladder_and_tensors_follow_the_input(rng, dtype):
 def test_bad_input_is_explained(rng, change, error, match):
     with pytest.raises(error, match=match):
         tune_ladder(**{"path": narrowing(), "betas": [0.0, 1.0], "generator": rng(0), **change})
+
+
+def test_a_round_goes_on_from_where_the_last_one_ended(rng, monkeypatch):
+    starts, ends = [], []
+
+    def watched(*args, x0, **kwargs):
+        run = parallel_tempering(*args, x0=x0, **kwargs)
+        starts.append(x0)
+        ends.append(run.x)
+        return run
+
+    monkeypatch.setattr(ladder_module, "parallel_tempering", watched)
+    run = {"num_chains": 3, "num_steps": 4, "generator": rng(0)}
+    tune_ladder(narrowing(), linear_schedule(5), num_rounds=3, **run)
+    assert starts[0] is None
+    assert torch.equal(starts[1], ends[0]) and torch.equal(starts[2], ends[1])
+    starts.clear(), ends.clear()
+    # Another number of rungs: each takes the points of the old rung as far up.
+    tune_ladder(narrowing(), linear_schedule(9), num_rounds=2, acceptance=0.3, **run)
+    num = len(starts[1])
+    assert num < 9 and torch.equal(starts[1][0], ends[0][0])
+    assert torch.equal(starts[1][-1], ends[0][-1])

@@ -15,7 +15,14 @@ from companion.mcmc import GibbsState, metropolis_hastings, random_walk
 from companion.models.ising import Ising
 from companion.models.rbm import RBM
 from companion.targets import Gaussian, GaussianMixture
-from companion.tempering import GeometricPath, parallel
+from companion.tempering import (
+    GeometricPath,
+    parallel,
+    simulated_annealing,
+    simulated_tempering,
+    tempered_transitions,
+    tune_ladder,
+)
 from companion.tempering.parallel import parallel_tempering, swap_step
 from companion.testing import (
     binary_states,
@@ -765,3 +772,57 @@ def test_bad_input_is_explained(rng, change, error, match):
     right = {"betas": [0.0, 0.5, 1.0], "num_draws": 2, "num_chains": 2, "generator": rng(0)}
     with warnings.catch_warnings(), pytest.raises(error, match=match):
         parallel_tempering(wide(), **{**right, **change})
+
+
+def half_line(device="cpu") -> GeometricPath:
+    """A target above 20 that no walk from the base reaches."""
+    zero = torch.zeros((), dtype=F64, device=device)
+    return GeometricPath(
+        Normal(zero, 1.0),
+        lambda x: torch.where(x > 20.0, -x, -torch.inf),
+        lambda density: random_walk(density, 0.1),
+    )
+
+
+def test_replicas_that_never_reached_the_target_are_told(rng, device):
+    x0 = torch.full((3, 10), 21.0, dtype=F64, device=device)
+    x0[1:, :2] = 0.0  # two chains of ten begin outside, at two rungs
+    run = {"num_chains": 10, "generator": rng(0, device)}
+    with pytest.warns(UserWarning, match="had density zero at their own beta after") as caught:
+        found = parallel_tempering(half_line(device), [0.0, 0.5, 1.0], 5, x0=x0, **run)
+    assert caught[0].filename == __file__
+    assert 10 <= int(str(caught[0].message).split()[0]) <= 2 * 2 * 5
+    # No draw of the base has density at the next beta: Z would be zero.
+    assert found.log_z.value == -math.inf
+    assert found.log_z.std_error == math.inf and not found.log_z.converged
+    with pytest.warns(UserWarning, match="density zero"):
+        one = parallel_tempering(half_line(device), [0.0, 1.0], 5, generator=rng(0, device))
+    assert one.log_z.std_error == math.inf and not one.log_z.converged
+
+
+def test_points_outside_during_the_warm_up_are_nobody_s_business(rng):
+    path = GeometricPath(
+        Normal(torch.zeros((), dtype=F64), 1.0),
+        lambda x: torch.where(x > 0.0, -x, -torch.inf),
+        lambda density: random_walk(density, 1.0),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parallel_tempering(path, SIX, 5, num_chains=50, warmup=200, generator=rng(0))
+        run = {"num_chains": 50, "num_steps": 50, "num_rounds": 3}
+        tune_ladder(path, SIX, **run, generator=rng(0))  # its first rounds are a warm-up
+
+
+@pytest.mark.parametrize("name", ["parallel", "simulated", "tune", "cool", "transitions"])
+def test_a_batch_of_machines_is_refused(rng, name):
+    path, g = RBM(4, 3, batch_shape=(3,)).annealing_path(), rng(0)
+    betas = [0.0, 0.5, 1.0]
+    run = {
+        "parallel": lambda: parallel_tempering(path, betas, 5, generator=g),
+        "simulated": lambda: simulated_tempering(path, betas, 5, warmup=2, generator=g),
+        "tune": lambda: tune_ladder(path, betas, generator=g),
+        "cool": lambda: simulated_annealing(path, betas, 5, generator=g),
+        "transitions": lambda: tempered_transitions(path, betas),
+    }[name]
+    with pytest.raises(ValueError, match=r"a batch of machines \(3,\): unbind the machines"):
+        run()

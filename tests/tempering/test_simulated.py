@@ -1,6 +1,8 @@
 """Simulated tempering: its joint law to round-off, what its weights learn, and log Z."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch.distributions import Independent, Normal, Uniform
 from companion.core import Kernel
 from companion.mcmc import GibbsState, random_walk
 from companion.tempering import GeometricPath, simulated
-from companion.tempering.simulated import level_step, simulated_tempering
+from companion.tempering.simulated import SimulatedTempering, level_step, simulated_tempering
 from companion.testing import stationary_error, transition_matrix
+from tests.calibration import is_calibrated
 from tests.mcmc.exact_targets import plant
 from tests.tempering.exact_paths import F64, ExactGaussians, Ring
 
@@ -489,3 +492,37 @@ def test_bad_input_is_explained(rng):
         run().expectation(lambda x: x.sum())
     with pytest.raises(ValueError, match="f\\(x\\) at draws of positive weight"):
         run().expectation(lambda x: x * math.nan)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        None,
+        ("weights * (y - value)", "weights * y"),
+        ("_std_error(influence)", "2.0 * _std_error(influence)"),
+        ("_std_error(influence)", "0.5 * _std_error(influence)"),
+    ],
+)
+def test_standard_errors_of_expectations_are_calibrated(rng, monkeypatch, mutant):
+    """200 runs of 200 chains each, as one batch: the weights are given, so chains are apart."""
+    path, betas = gaussians(rho=0.5), [0.0, 0.4, 1.0]
+    w = -path.log_z(torch.tensor(betas, dtype=F64))
+    whole = simulated_tempering(
+        path, betas, 6, warmup=10, num_chains=40_000, log_weights=w, generator=rng(6)
+    )
+    expectation, home = SimulatedTempering.expectation, SimpleNamespace(expectation=None)
+    if mutant:
+        plant(monkeypatch, expectation, *mutant, where=home)
+        expectation = home.expectation
+    exact = float(path.moments(torch.tensor(1.0))[0][0]) + 5.0
+    z = []
+    for i in range(200):
+        part = slice(200 * i, 200 * (i + 1))
+        trace = replace(
+            whole.trace,
+            x=whole.x[part],
+            stats={name: value[part] for name, value in whole.trace.stats.items()},
+        )
+        found = expectation(replace(whole, trace=trace), lambda x: x[..., 0] + 5.0)
+        z.append((found.value - exact) / found.std_error)
+    assert is_calibrated(torch.stack(z)) == (mutant is None)
