@@ -87,6 +87,11 @@ def digits(
     same = torch.nn.functional.one_hot(labels)
     k = same.cumsum(0)[torch.arange(len(labels), device="cpu"), labels].double()
     is_test = (k * test_fraction).floor() > ((k - 1) * test_fraction).floor()
+    if not is_test.any():
+        raise ValueError(
+            f"test_fraction must be at least 1/{int(k.max())}, for a digit has no more images; at "
+            f"{test_fraction:g} none is left for testing"
+        )
     images = _scaled(pixels, 16, binarize, generator, dtype)
     return _moved(
         Digits(images[~is_test], images[is_test], labels[~is_test], labels[is_test]), device

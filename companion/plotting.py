@@ -237,7 +237,8 @@ def slope_guide(
     heights = [y, y * (end / begin) ** slope]
     (line,) = ax.plot([begin, end], heights, "--", color=COLORS["grey"], linewidth=1.2)
     if text is None:
-        text = f"slope {slope:g}".replace("-0.5", "-1/2").replace("-", "\N{MINUS SIGN}")
+        number = "-1/2" if slope == -0.5 else f"{slope:g}"
+        text = "slope " + number.replace("-", "\N{MINUS SIGN}")
     label_line(ax, line, text)
     return line
 

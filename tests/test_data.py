@@ -260,7 +260,7 @@ def test_bad_image_options_get_a_sentence(load, options, error, match):
         load(**options)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.2, float("nan"), "a fifth"])
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, float("nan"), "a fifth", 0.001, 1 / 184])
 def test_a_bad_test_fraction_gets_a_sentence(fraction):
     with pytest.raises((ValueError, TypeError), match="test_fraction must be"):
         data.digits(test_fraction=fraction)

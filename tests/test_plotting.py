@@ -269,7 +269,9 @@ def test_a_slope_guide_is_straight_with_that_slope_on_logarithmic_axes(ax):
     assert y[0] == pytest.approx(np.log(3))
     assert [text.get_text() for text in ax.texts] == ["n to the -2/3"]
     slope_guide(ax, (1, 10), 1.0)
-    assert ax.texts[-1].get_text() == "slope \N{MINUS SIGN}1/2"
+    for slope, label in ((-0.5, "-1/2"), (-0.55, "-0.55"), (-2.0, "-2"), (0.5, "0.5")):
+        slope_guide(ax, (1, 10), 1.0, slope=slope)
+        assert ax.texts[-1].get_text() == "slope " + label.replace("-", "\N{MINUS SIGN}")
 
 
 def test_intervals_that_miss_stand_out_in_colour_and_in_width(ax):

@@ -115,8 +115,8 @@ def sample(
 
     Raises:
         ValueError: a count out of range, a NaN in `x0`, a generator on another device, a checkpoint
-            of another run, or (from the kernel's `init`) a start where the log-density is not
-            finite.
+            of another run (as far as the arguments and, to four digits, a step from `x0` tell), or
+            (from the kernel's `init`) a start where the log-density is not finite.
         TypeError: an argument of the wrong type, or a checkpoint without a generator.
 
     >>> def step(state, *, generator):                    # an exact sampler is a kernel, too
@@ -173,7 +173,7 @@ def sample(
     num_nan = counts.get("is_nan", none)
     if num_nan.any():
         warnings.warn(
-            f"{int(num_nan.sum())} proposals had a NaN log-density and were rejected "
+            f"{int(num_nan.sum())} proposals had a NaN log-density (or an infinite one) and were rejected "
             f"(in {int((num_nan > 0).sum())} of {num_nan.numel()} chains)",
             stacklevel=3,  # seen from the caller of the decorated function
         )

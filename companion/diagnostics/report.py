@@ -108,7 +108,8 @@ def divergences(trace: Trace) -> Divergences:
         `Divergences`.
 
     Raises:
-        ValueError: the kernel does not tell.
+        ValueError: the kernel does not tell. A `cycle` or `mixture` always tells: those of its
+            kernels that cannot diverge count as never divergent.
 
     >>> from companion.core import sample
     >>> from companion.hmc import hmc
@@ -195,7 +196,9 @@ def summary(x: Tensor | Trace, *, max_depth: int = 10) -> Summary:
 
     The notes tell of R-hat above 1.01 and effective sample sizes below 400 (less than that, and
     R-hat and the errors are too noisy themselves), constant chains and, of a trace, NaN proposals,
-    divergences, E-BFMI below 0.3, trees that were cut off, and acceptance below 0.1.
+    divergences, E-BFMI below 0.3, trees that were cut off, and acceptance below 0.1. (E-BFMI is
+    that of the draws kept: it needs a trace that was not thinned, `thin=1`; thinned energies look
+    more independent than they are, and a low value goes unseen.)
 
     Args:
         x: draws, `(chains, draws, *event)`, or a `Trace`.

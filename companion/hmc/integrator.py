@@ -61,13 +61,16 @@ def leapfrog(
             negative to go backwards.
         num_steps: number of steps, at least 1.
         mass: M, the covariance of the momentum (not its standard deviation): None for the identity,
-            a diagonal of the event's shape, `(d, d)`, or a `Mass`, which saves its factorisation.
+            a diagonal of the event's shape, `(d, d)` for events of shape `(d,)`, or a `Mass`, which
+            saves its factorisation. For events that are square matrices it has to be a `Mass`: a
+            square tensor counts as a matrix, not as a diagonal.
 
     Returns:
         A `Phase`: where the chains arrive, and the log-density and its gradient there.
 
     Raises:
-        ValueError: `num_steps` below 1, or a mass as in `make_mass`.
+        ValueError: `num_steps` below 1, a mass as in `make_mass`, or one of fewer or more
+            dimensions than the events have, told by what `log_prob` gives.
 
     Reference: Neal (2011), *MCMC using Hamiltonian dynamics*, section 5.2.3.
 
@@ -82,9 +85,13 @@ def leapfrog(
     True
     """
     check_count("num_steps", num_steps)
-    if not isinstance(mass, Mass):
-        event_ndim = 1 if mass is None or mass.ndim == 2 else mass.ndim
-        mass = make_mass(mass, x.shape[x.ndim - event_ndim :], x.dtype, x.device)
+    event_ndim = None  # told by a tensor, and by nothing else
+    if mass is None:
+        mass = Mass(None, None, None)
+    elif not isinstance(mass, Mass):
+        is_dense = mass.ndim == 2 and mass.shape[0] == mass.shape[1]
+        event_ndim = 1 if is_dense else mass.ndim
+        mass = make_mass(mass, x.shape[max(0, x.ndim - event_ndim) :], x.dtype, x.device)
     # addcmul, a + s b in one pass. In add(a, b, alpha=s) the compiler of PyTorch 2.13 loses alpha
     # where b is a matrix product: the energy would be wrong, silently.
     step = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
@@ -95,4 +102,10 @@ def leapfrog(
         p = torch.addcmul(p, gradient(log_prob, x), step)
     x = torch.addcmul(x, velocity(mass, p), step)
     value, grad = value_and_grad(log_prob, x)
+    if event_ndim is not None and x.ndim - value.ndim != event_ndim:
+        raise ValueError(
+            f"this mass is one for events of {event_ndim} dimensions, but those of log_prob have "
+            f"the shape {tuple(x.shape[value.ndim :])}: hand in a Mass, "
+            "make_mass(mass, event_shape, x.dtype, x.device)"
+        )
     return Phase(x, torch.addcmul(p, grad, half), value, grad)

@@ -46,9 +46,9 @@ class NutsInfo(NamedTuple):
     accepted: Tensor
     """Whether another point than the start was drawn, boolean."""
     is_nan: Tensor
-    """Whether the energy was NaN at a point (the trajectory ends there), boolean."""
+    """Whether the energy was NaN or minus infinity at a point (the trajectory ends there)."""
     is_divergent: Tensor
-    """Whether the energy was NaN or more than 1000 above that of the start, boolean."""
+    """Whether it was, or more than 1000 above that of the start, boolean."""
     energy: Tensor
     """H of the point that was drawn."""
     num_steps: Tensor
@@ -106,7 +106,8 @@ def add_point(
     white = whiten(mass, point.p)
     energy = 0.5 * dot(white, white, energy_0) - point.log_prob
     log_weight = energy_0 - energy
-    weighed = log_weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # A point of infinite density would never be left: it is one of none, as a NaN is.
+    weighed = log_weight.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     total = torch.logaddexp(b.log_weight, weighed)
     taken = b.going & (uniform < (weighed - total).exp())
     new = Candidate(point.x, point.log_prob, point.grad, energy)
@@ -198,12 +199,13 @@ def nuts_step(
             break
     gains, visits = (torch.stack(rows) for rows in zip(*record, strict=True))
     num_steps = visits.sum(0)
-    accept_prob = gains.nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()
+    is_nan = ~(gains < torch.inf)
+    accept_prob = gains.masked_fill(is_nan, -torch.inf).clamp(max=0.0).exp()
     info = NutsInfo(
         accept_prob=(visits * accept_prob).sum(0) / num_steps,
         accepted=moved,
-        is_nan=(visits & gains.isnan()).any(0),
-        is_divergent=(visits & ~(gains >= -MAX_ENERGY_ERROR)).any(0),
+        is_nan=(visits & is_nan).any(0),
+        is_divergent=(visits & (is_nan | ~(gains >= -MAX_ENERGY_ERROR))).any(0),
         energy=candidate.energy,
         num_steps=num_steps,
         tree_depth=tree_depth,

@@ -41,9 +41,9 @@ class HmcInfo(NamedTuple):
     accepted: Tensor
     """Whether it was, boolean."""
     is_nan: Tensor
-    """Whether its energy was NaN (it is then rejected), boolean."""
+    """Whether its energy was NaN or minus infinity (it is then rejected), boolean."""
     is_divergent: Tensor
-    """Whether its energy was NaN or more than 1000 above that of the start, boolean."""
+    """Whether it was, or more than 1000 above that of the start, boolean."""
     energy: Tensor
     """H of the point that was kept, with the momentum that it had in this step."""
 
@@ -63,7 +63,7 @@ def hmc_step(
     before = kinetic_energy(mass, p, state.log_prob) - state.log_prob
     after = kinetic_energy(mass, end.p, state.log_prob) - end.log_prob
     move = metropolis_accept(before - after, noise.uniform)
-    diverged = ~(after - before <= MAX_ENERGY_ERROR)  # true for NaN, too
+    diverged = ~(after - before <= MAX_ENERGY_ERROR) | move.is_nan
     energy = torch.where(move.accepted, after, before)
     proposal = GradientState(end.x, end.log_prob, end.grad)
     return select(move.accepted, proposal, state), HmcInfo(*move, diverged, energy)

@@ -78,7 +78,7 @@ class MoveInfo(NamedTuple):
     accepted: Tensor
     """Whether it was, boolean."""
     is_nan: Tensor
-    """Whether the acceptance ratio was NaN (the proposal is then rejected), boolean."""
+    """Whether the acceptance ratio was NaN or infinite (the proposal is then rejected), boolean."""
 
 
 class MoveNoise(NamedTuple):
@@ -221,6 +221,9 @@ def expand(a: Tensor, like: Tensor) -> Tensor:
 def metropolis_accept(log_ratio: Tensor, uniform: Tensor) -> MoveInfo:
     """Accept with probability `min(1, exp(log_ratio))`; NaN means reject, and is flagged.
 
+    So does plus infinity. It comes from a density that is infinite where the proposal is, as no
+    chain starts at a density of zero; a chain that went there would never leave.
+
     Args:
         log_ratio: log of the acceptance ratio, `(*chains)`.
         uniform: uniform on [0, 1), `(*chains)`.
@@ -234,8 +237,8 @@ def metropolis_accept(log_ratio: Tensor, uniform: Tensor) -> MoveInfo:
              accepted=tensor([ True, False, False, False]),
              is_nan=tensor([False, False, False,  True]))
     """
-    is_nan = log_ratio.isnan()
-    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(nan=0.0)
+    is_nan = ~(log_ratio < torch.inf)  # true for NaN, too
+    accept_prob = log_ratio.clamp(max=0.0).exp().masked_fill(is_nan, 0.0)
     return MoveInfo(accept_prob, uniform < accept_prob, is_nan)
 
 
@@ -248,8 +251,13 @@ def move_noise(state: ChainState | GradientState, generator: torch.Generator | N
 
 
 def uniform_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers on [0, 1) of the shape, dtype and device of `like`."""
-    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+    """Uniform numbers on [0, 1) of the shape and device of `like`, in single precision at least.
+
+    In half precision they would be multiples of 1/2048, or of 1/256: zero, which accepts
+    everything, would come up that often.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.rand(like.shape, dtype=dtype, device=like.device, generator=generator)
 
 
 # ---------------------------------------------------------------- step sizes

@@ -6,7 +6,8 @@ applies; a mixture of reversible kernels is reversible, a cycle in general is no
 
 All kernels must be made from the same log-density, its constant included, for states are handed
 from one to the next. Where the next kernel keeps another kind of state (with the gradient, say), it
-makes one, for one more evaluation.
+makes one, for one more evaluation. So a state may hold nothing but what follows from x: a kernel
+that counts its steps, such as `jittered_hmc`, would begin to count anew each time, and is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from companion.inputs import check_finite, check_generator
 from companion.mcmc.base import ChainState, select
 
 __all__ = ["CombinedInfo", "cycle", "mixture"]
+
+_FOLLOWS_FROM_X = ("x", "log_prob", "grad")
 
 
 class CombinedInfo(NamedTuple):
@@ -41,14 +44,15 @@ def cycle(*kernels: Kernel) -> Kernel:
     """One kernel after the other, in order: a step is a step of each.
 
     Args:
-        kernels: made from the same log-density.
+        kernels: made from the same log-density; their states hold x, its log-density and gradient
+            at most.
 
     Returns:
         A `Kernel` whose state is that of the last kernel, and whose info is a `CombinedInfo`.
 
     Raises:
-        ValueError: no kernel; by `init`, kernels whose log-densities at x differ, or what theirs
-            raise.
+        ValueError: no kernel; by `init`, kernels whose log-densities at x differ, one whose state
+            holds more (`jittered_hmc`), or what theirs raise.
 
     Reference: Tierney (1994), *Markov chains for exploring posterior distributions*.
 
@@ -84,7 +88,8 @@ def mixture(kernels: Sequence[Kernel], weights: Sequence[float] | Tensor) -> Ker
     pays for its own choice alone.
 
     Args:
-        kernels: made from the same log-density; their states carry it (give `gibbs` a `log_prob`).
+        kernels: made from the same log-density; their states hold it (give `gibbs` a `log_prob`),
+            and besides it x and the gradient at most.
         weights: probability of each kernel, positive, up to a factor; the same at every point.
 
     Returns:
@@ -93,7 +98,8 @@ def mixture(kernels: Sequence[Kernel], weights: Sequence[float] | Tensor) -> Ker
 
     Raises:
         ValueError: no kernel, weights that do not fit or are not positive; by `init`, kernels whose
-            log-densities at x differ or are None, or what theirs raise.
+            log-densities at x differ or are None, one whose state holds more (`jittered_hmc`), or
+            what theirs raise.
 
     Reference: Tierney (1994), *Markov chains for exploring posterior distributions*.
 
@@ -154,21 +160,34 @@ class _Entry:
 
     def __call__(self, i: int, state: Any) -> Any:
         if self.kinds.get(i) is not type(state):
-            state = self.kernels[i].init(state.x)
+            state = self.init(i, state.x)
             self.kinds[i] = type(state)
+        return state
+
+    def init(self, i: int, x: Tensor) -> Any:
+        """The state of a kernel at x, checked: all that it holds must follow from x."""
+        state = self.kernels[i].init(x)
+        more = [name for name in getattr(state, "_fields", ()) if name not in _FOLLOWS_FROM_X]
+        if more:
+            raise ValueError(
+                f"kernel {i} keeps {', '.join(more)} from step to step, which would be lost where "
+                "kernels take turns. Run it by itself; in place of jittered_hmc combine hmc of "
+                "several lengths"
+            )
         return state
 
     def states(self, x: Tensor) -> list[Any]:
         """The state of each kernel at x, checked: all must have the same log-density."""
-        states = [kernel.init(x) for kernel in self.kernels]
+        states = [self.init(i, x) for i in range(len(self.kernels))]
         self.kinds = {i: type(state) for i, state in enumerate(states)}
         known = [
             (i, state.log_prob) for i, state in enumerate(states) if state.log_prob is not None
         ]
         for i, value in known[1:]:
             first = known[0][1]
-            close = torch.finfo(first.dtype).eps ** 0.5
-            if not torch.allclose(value, first, rtol=close, atol=close):
+            eps = torch.finfo(first.dtype).eps
+            # What changes an acceptance probability is the difference itself, not its share.
+            if not torch.allclose(value, first, rtol=min(1e3 * eps, eps**0.5), atol=eps**0.5):
                 gap = float((value - first).abs().max())
                 raise ValueError(
                     "all kernels must be made from the same log-density, its constant included: "

@@ -93,8 +93,8 @@ def metropolis_hastings(
 
     Args:
         log_prob: the log-density, `(*chains, *event) -> (*chains)`.
-        propose: `propose(x, *, generator) -> y`, a new tensor of the shape and dtype of x, each
-            chain on its own.
+        propose: `propose(x, *, generator) -> y`, a tensor of the shape and dtype of x, each chain
+            on its own. It gets a copy of its own, which it may change in place.
         log_q: `log_q(y, x)`, the log-density (or log-probability) of proposing y from x,
             `(*chains)`; a constant may be missing. None says that the proposal is symmetric,
             `q(y | x) = q(x | y)`: if that is not so, the chain samples another distribution.
@@ -137,7 +137,7 @@ def metropolis_hastings(
     ) -> tuple[ChainState, MoveInfo]:
         x = state.x
         check_generator(generator, x.device)
-        y = _check_proposal(propose(x, generator=generator), x)
+        y = _check_proposal(propose(x.clone(), generator=generator), x)
         return pure(state, ProposalNoise(y, uniform_noise(state.log_prob, generator)))
 
     return Kernel(lambda x: init_chains(log_prob, x), step)
@@ -264,8 +264,15 @@ def independence(log_prob: LogProb, proposal: Sampler, *, compile: bool = False)
 
     def init(x: Tensor) -> ChainState:
         # A chain where q has no mass would never leave.
-        check_start("proposal's log-density", proposal.log_prob(x), x)
-        return init_chains(log_prob, x)
+        log_q = check_start("proposal's log-density", proposal.log_prob(x), x)
+        state = init_chains(log_prob, x)
+        if log_q.shape != state.log_prob.shape:
+            raise ValueError(
+                f"the proposal must give one log-density a chain, shape "
+                f"{tuple(state.log_prob.shape)}; it gave {tuple(log_q.shape)}. Batch dimensions of "
+                "a torch.distributions object become event dimensions by Independent"
+            )
+        return state
 
     @torch.no_grad()
     def step(

@@ -42,7 +42,8 @@ class SliceInfo(NamedTuple):
     accepted: Tensor
     """True."""
     is_nan: Tensor
-    """Whether the log-density was NaN somewhere that was tried (such a point is outside)."""
+    """Whether the log-density was NaN or plus infinity somewhere that was tried (such a point is
+    outside)."""
     num_evals: Tensor
     """Log-densities that this chain needed (the batch made as many as its slowest chain)."""
     at_limit: Tensor
@@ -77,6 +78,8 @@ def slice_update(
         RuntimeError: shrinking did not end, because `log_prob` does not give the same value twice.
     """
     x, here = state
+    if isinstance(width, Tensor):
+        width = width.to(x)
 
     def uniform() -> Tensor:
         return torch.rand(here.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -91,8 +94,9 @@ def slice_update(
         nonlocal num_evals, is_nan
         value = log_prob(x + expand(t, x) * direction)
         num_evals = num_evals + active
-        is_nan = is_nan | (active & value.isnan())
-        return value, active & (value >= log_height)  # a NaN is outside
+        usable = value < torch.inf  # not for a NaN, nor for a point that no chain would leave
+        is_nan = is_nan | (active & ~usable)
+        return value, active & usable & (value >= log_height)  # the others are outside
 
     # Stepping out. The limit is split at random between the two sides: otherwise the way back from
     # where the chain arrives would not be as probable as the way there.

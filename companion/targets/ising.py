@@ -105,6 +105,7 @@ def ising_log_z(
         total = right_half[..., None, :, :] @ total.reshape(*total.shape[:-1], -1, len(starts))
         total = weight * total.flatten(-3, -2)
         largest = total.detach().abs().amax((-2, -1))
+        largest = largest.clamp(min=torch.finfo(torch.float64).tiny)  # a complex sum may vanish
         total = total / largest[..., None, None]
         log_scale = log_scale + largest.log()
     return log_scale + (times * total[..., starts, column]).sum(-1).log()
@@ -171,7 +172,7 @@ def ising_magnetization(
     angle = math.pi / (num_sites + 1) * k
     base = ising_log_z(height, width, coupling, field)
     # Half of the values are enough: the others are their conjugates, up to a phase.
-    half = angle[: num_sites // 2 + 1]
+    half = angle[: (num_sites + 1) // 2 + 1]
     fields = torch.complex(torch.full_like(half, field), half)
     log_z = torch.stack([ising_log_z(height, width, coupling, one) for one in fields])
     characteristic = (log_z - base + 1j * num_sites * half).exp()  # of (S + N) / 2, at 2 pi k/(N+1)

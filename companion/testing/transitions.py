@@ -53,9 +53,9 @@ def transition_matrix(kernel: Kernel, states: Tensor) -> Tensor:
         log-density that a state hands to the next step does not show.
 
     Raises:
-        ValueError: another use of a uniform number, another source of randomness (`torch.randn`),
-            more than 65,536 combinations, a move to a state that is not listed, or a state that is
-            listed twice.
+        ValueError: another use of a uniform number, another source of randomness of PyTorch
+            (`torch.randn`; those of NumPy or Python are not seen), more than 65,536 combinations, a
+            move to a state that is not listed, or a state that is listed twice.
 
     >>> from types import SimpleNamespace as State
     >>> def step(state, *, generator):          # forwards round a ring of three, or wait

@@ -94,6 +94,20 @@ def test_dual_averaging_solves_for_a_step_size_that_is_known(monkeypatch):
         run_dual_averaging(10, 500, sign=-1.0)  # a flipped sign runs away
 
 
+@pytest.mark.parametrize("power", [-0.75, -0.25])
+def test_step_t_counts_with_weight_t_to_the_minus_three_quarters(rng, power):
+    averaging, log_steps = DualAveraging.start(0.1), []
+    for error in torch.randn(30, generator=rng(0)).tolist():
+        averaging = averaging.update(error)
+        log_steps.append(averaging.log_step)
+    weights = [t**power for t in range(1, 31)]
+    # Step t keeps its weight as far as those that follow leave it.
+    share = [w * math.prod(1 - v for v in weights[i + 1 :]) for i, w in enumerate(weights)]
+    assert sum(share) == pytest.approx(1.0)
+    mean = sum(s * log_step for s, log_step in zip(share, log_steps, strict=True))
+    assert (averaging.log_average == pytest.approx(mean)) == (power == -0.75)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "make_kernel"), [(2, one_step), (10, mala), (100, mala)])
 def test_warmup_reaches_the_target_acceptance(d, make_kernel, dtype, rng, device):

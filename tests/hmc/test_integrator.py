@@ -242,6 +242,31 @@ def test_leapfrog_takes_scalars_and_matrices(rng):
     assert one.x.shape == ()
 
 
+def test_a_mass_tensor_that_could_mean_two_things_is_refused(rng):
+    def log_prob(x: Tensor) -> Tensor:
+        return -0.5 * x.square().sum((-2, -1))
+
+    x, p = torch.randn(2, 5, 3, 2, generator=rng(0), **F64)
+    mass = torch.rand(3, 2, generator=rng(1), **F64) + 0.5  # not square, so it is a diagonal
+    prepared = make_mass(mass, x.shape[1:], x.dtype, x.device)
+    found, expected = (leapfrog(log_prob, x, p, -x, 0.1, 5, m) for m in (mass, prepared))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    x, p = torch.randn(2, 5, 2, 2, generator=rng(0), **F64)
+    message = r"for events of 1 dimensions, but those of log_prob have the shape \(2, 2\): .*Mass"
+    for mass in (DENSE, DENSE[0]):  # positive, so that DENSE could be a diagonal as well
+        with pytest.raises(ValueError, match=message):
+            leapfrog(log_prob, x, p, -x, 0.1, 5, mass)
+    prepared = make_mass(DENSE, x.shape[1:], x.dtype, x.device)
+    end = leapfrog(log_prob, x, p, -x, 0.1, 1, prepared)
+    torch.testing.assert_close(end.x, x + 0.1 * (p - 0.05 * x) / DENSE)
+    # As many chains as coordinates are vectors all the same.
+    s = start(banana(), rng, 2)
+    two = leapfrog(banana(), s.x, s.p, s.grad, 0.1, 5, DENSE)
+    one = leapfrog(banana(), s.x[:1], s.p[:1], s.grad[:1], 0.1, 5, DENSE)
+    torch.testing.assert_close(two.x[:1], one.x)
+
+
 def test_leapfrog_follows_its_inputs_device(rng):
     target = banana()
     s = start(target, rng, 5)

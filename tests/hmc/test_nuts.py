@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from companion.core import Kernel, sample
+from companion.core import Kernel, Trace, sample
 from companion.hmc import NutsInfo, nuts, nuts_step
 from companion.hmc.nuts import Branch, add_point, join
 from companion.mcmc.base import GradientState, init_gradient
@@ -484,6 +484,21 @@ def test_a_trajectory_into_nan_ends_there_and_is_counted(rng):
         trace = sample(nuts(log_prob, 0.5), x, 20, generator=rng(1))
     assert (trace.x > 0).all() and (trace.num_nan > 0).any()
     assert (trace.num_divergent >= trace.num_nan).all() and trace.accept_prob.isfinite().all()
+
+
+def test_a_trajectory_into_infinite_density_ends_there_and_is_counted(rng):
+    def run(inside: float) -> Trace:
+        def log_prob(x: Tensor) -> Tensor:
+            return torch.where((x - 1.5).abs() < 0.5, inside, -0.5 * x.square())
+
+        return sample(nuts(log_prob, 0.5), torch.zeros(200, **F64), 50, generator=rng(0))
+
+    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+        trace = run(math.inf)
+    assert torch.equal(trace.x, run(-math.inf).x)  # it counts as a place of no density
+    assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
+    assert (trace.num_divergent >= trace.num_nan).all() and trace.stats["energy"].isfinite().all()
+    assert (trace.x.diff(dim=1) != 0).double().mean(1).min() > 0.1
 
 
 def test_a_region_of_density_zero_is_never_entered(rng):

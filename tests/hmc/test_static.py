@@ -367,6 +367,16 @@ def test_a_trajectory_into_nan_is_rejected_and_counted(rng):
     assert (trace.accept_prob < 1).any() and trace.accept_prob.isfinite().all()
 
 
+def test_a_trajectory_to_infinite_density_is_rejected_and_counted(rng):
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where((x - 1.5).abs() < 0.5, torch.inf, -0.5 * x.square())
+
+    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+        trace = sample(hmc(log_prob, 0.5, 3), torch.zeros(200, **F64), 50, generator=rng(0))
+    assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
+    assert (trace.num_divergent >= trace.num_nan).all() and trace.accept_prob.min() > 0.1
+
+
 def test_a_trajectory_into_density_zero_is_rejected(rng):
     class HalfNormal:
         def __call__(self, x: Tensor) -> Tensor:

@@ -97,14 +97,14 @@ def test_acceptance_is_the_metropolis_probability_and_nan_is_rejected(device, dt
     ratio = torch.tensor(
         [2.0, 0.0, -1.0, -math.inf, math.inf, math.nan], dtype=dtype, device=device
     )
-    expected = torch.tensor([1.0, 1.0, math.exp(-1), 0.0, 1.0, 0.0], dtype=dtype, device=device)
+    expected = torch.tensor([1.0, 1.0, math.exp(-1), 0.0, 0.0, 0.0], dtype=dtype, device=device)
     with torch.device("meta"):
         info = metropolis_accept(ratio, torch.zeros_like(ratio))
     torch.testing.assert_close(info.accept_prob, expected)
-    assert info.accepted.tolist() == [True, True, True, False, True, False]  # 0 < 0 is false
-    assert info.is_nan.tolist() == [False] * 5 + [True]
+    assert info.accepted.tolist() == [True, True, True, False, False, False]  # 0 < 0 is false
+    assert info.is_nan.tolist() == [False] * 4 + [True] * 2  # infinity would never be left
     high = metropolis_accept(ratio, torch.full_like(ratio, 1 - torch.finfo(dtype).eps))
-    assert high.accepted.tolist() == [True, True, False, False, True, False]
+    assert high.accepted.tolist() == [True, True, False, False, False, False]
 
 
 def test_frequency_of_acceptance_is_its_probability(rng):
@@ -115,6 +115,21 @@ def test_frequency_of_acceptance_is_its_probability(rng):
     rate = float(info.accepted.double().mean())
     assert abs(rate - 0.3) < 4.5 * se
     assert abs((1 - rate) - 0.3) > 4.5 * se  # the complement would be seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frequency_of_acceptance_is_its_probability_in_half_precision_too(rng, device, dtype):
+    n, p = 400_000, 2.0**-10  # a quarter of the spacing of bfloat16, twice that of float16
+    log_prob = torch.zeros(n, dtype=dtype, device=device)
+    noise = move_noise(ChainState(torch.zeros_like(log_prob), log_prob), rng(0, device))
+    ratio = torch.full_like(log_prob, math.log(p))
+    p = float(ratio[0].exp())
+    se = math.sqrt(p / n)
+    rate = metropolis_accept(ratio, noise.uniform).accepted.double().mean()
+    assert abs(rate - p) < 4.5 * se
+    wrong = torch.rand(n, dtype=dtype, device=device, generator=rng(0, device))
+    rate = metropolis_accept(ratio, wrong).accepted.double().mean()
+    assert abs(rate - p) > 4.5 * se or dtype == torch.float16
 
 
 def test_selection_is_by_chain_over_every_field():

@@ -1,6 +1,7 @@
 """Cycles and mixtures of kernels: exact starts stay exact, whatever the states of the kernels."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from exact_targets import NAMES, p_value, target
 from torch import Tensor
 
 from companion.core import Kernel, sample
+from companion.hmc import jittered_hmc
 from companion.mcmc import (
     ChainState,
     CombinedInfo,
@@ -256,6 +258,31 @@ def test_bad_combinations_are_refused(device):
     blank = ChainState(torch.zeros(5, 2, device="meta"), torch.zeros(5, device="meta"))
     with pytest.raises(ValueError, match=r"the generator is on .* but the tensors are on meta"):
         mixture([walk, walk], [1, 1]).step(blank, generator=torch.Generator(device))
+
+
+@pytest.mark.parametrize("make", [cycle, lambda *kernels: mixture(kernels, [0.5, 0.5])])
+def test_a_kernel_that_counts_its_steps_is_refused(rng, make):
+    law, x = target("skewed"), torch.zeros(50, 2).double()
+    counting, walk = jittered_hmc(law, 0.3, 3.0), random_walk(law, 1.0)
+    for kernels, place in (((walk, counting), 1), ((counting, walk), 0), ((counting,) * 2, 0)):
+        kernel = make(*kernels)
+        with pytest.raises(ValueError, match=rf"kernel {place} keeps num_moves .* combine hmc"):
+            kernel.init(x)
+    kernel = make(walk, counting)  # as after a resume
+    with pytest.raises(ValueError, match="kernel 1 keeps num_moves"):
+        kernel.step(walk.init(x), generator=rng(0))
+
+
+@DTYPES
+def test_a_gap_of_log_densities_that_round_off_does_not_explain_is_refused(dtype):
+    def far(x: Tensor) -> Tensor:
+        return -0.5 * x.square().sum(-1) - 3000.0
+
+    x, eps = torch.ones(5, 2, dtype=dtype), torch.finfo(dtype).eps
+    for gap, is_refused in ((2000 * eps**0.5, True), (100 * 3000 * eps, False)):
+        kernel = cycle(random_walk(far, 1.0), random_walk(lambda x, gap=gap: far(x) + gap, 1.0))
+        with pytest.raises(ValueError, match="differ by") if is_refused else nullcontext():
+            kernel.init(x)
 
 
 def test_a_long_run_of_a_cycle_of_kinds_is_a_trace(rng):

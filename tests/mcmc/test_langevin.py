@@ -219,6 +219,16 @@ def test_nan_and_minus_infinity_are_not_entered_and_nan_is_counted(rng, make):
     assert trace.x.isfinite().all() and (trace.x <= 1).all()
 
 
+def test_an_infinite_density_does_not_hold_chains_for_ever(rng):
+    def log_prob(x):
+        return torch.where((x - 1.5).abs() < 0.5, math.inf, -0.5 * x.square())
+
+    with pytest.warns(UserWarning, match="NaN"):
+        trace = sample(mala(log_prob, 1.0), torch.zeros(200), 50, generator=rng(0))
+    assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
+    assert trace.accept_prob.min() > 0.1
+
+
 def test_mala_keeps_a_law_with_a_wall(rng):
     law = torch.distributions.Exponential(torch.ones((), dtype=torch.float64))
     assert p_value(mala(half_line(-math.inf), 0.8), law, rng(2)) > 1e-5

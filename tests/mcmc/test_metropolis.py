@@ -323,6 +323,39 @@ def test_nan_and_minus_infinity_are_rejected_and_nan_is_counted(rng):
         assert (trace.num_nan.sum() > 500) == warns
 
 
+def test_an_infinite_density_does_not_hold_chains_for_ever(rng):
+    """A bell with a hole in which a formula overflows."""
+
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where((x - 1.5).abs() < 0.5, math.inf, -0.5 * x.square())
+
+    x0 = torch.zeros(200, dtype=torch.float64)
+    for kernel in (random_walk(log_prob, 1.0), independence(log_prob, Normal(0.0, 1.5))):
+        with pytest.warns(UserWarning, match="NaN"):
+            trace = sample(kernel, x0.float(), 50, generator=rng(0))
+        assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
+        assert trace.accept_prob.min() > 0.1
+
+
+def test_a_proposal_may_change_the_points_in_place(rng):
+    def in_place(x: Tensor, *, generator=None) -> Tensor:
+        return x.add_(torch.randn(x.shape, dtype=x.dtype, generator=generator))
+
+    def anew(x: Tensor, *, generator=None) -> Tensor:
+        return in_place(x.clone(), generator=generator)
+
+    def bell(x: Tensor) -> Tensor:
+        return -0.5 * x.square()
+
+    x0 = torch.zeros(20)
+    one, two = (
+        sample(metropolis_hastings(bell, propose), x0, 30, generator=rng(0))
+        for propose in (in_place, anew)
+    )
+    assert torch.equal(one.x, two.x) and (x0 == 0).all()
+    assert (one.accept_prob < 1).all()
+
+
 def test_a_bad_start_is_named_by_chain():
     x = torch.tensor([1.0, 1.0, -1.0])
     for kernel in (
@@ -359,6 +392,9 @@ def test_bad_arguments_are_refused(rng, device):
     kernel = metropolis_hastings(bowl, drifting, lambda y, x: (y - x).square())
     with pytest.raises(ValueError, match=r"log_q must give one number .* \(5,\); it gave \(5, 2\)"):
         kernel.step(kernel.init(x))
+    batched = independence(bowl, Normal(torch.zeros(2), 1.0))
+    with pytest.raises(ValueError, match=r"one log-density a chain, .* \(5,\); it gave \(5, 2\)"):
+        batched.init(x)
     elsewhere = torch.Generator(device)
     for make in (
         lambda: random_walk(bowl, 1.0),

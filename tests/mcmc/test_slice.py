@@ -202,6 +202,29 @@ def test_nan_and_minus_infinity_are_outside_and_nan_is_counted(rng):
         assert (trace.num_nan.sum() > 500) == math.isnan(below)
 
 
+@pytest.mark.parametrize("directions", ["coordinates", "random"])
+def test_an_infinite_density_does_not_hold_chains_for_ever(rng, directions):
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where((x[..., 0] - 1.5).abs() < 0.5, math.inf, -0.5 * x.square().sum(-1))
+
+    kernel = slice_sampler(log_prob, 2.0, directions=directions)
+    with pytest.warns(UserWarning, match="NaN"):
+        trace = sample(kernel, torch.zeros(200, 2), 20, generator=rng(0))
+    assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
+    assert (trace.x.diff(dim=1) != 0).any(-1).all()
+
+
+def test_widths_do_not_change_the_dtype_of_the_chains(rng):
+    widths = torch.full((3,), 2.0, dtype=torch.float64)
+    law = target("skewed", torch.float32)
+    kernels = [slice_sampler(law, width) for width in (2.0, widths, widths.float(), widths[0])]
+    x = torch.zeros(3, 2)
+    states = [kernel.step(kernel.init(x), generator=rng(0))[0] for kernel in kernels]
+    for state in states:
+        assert state.x.dtype == state.log_prob.dtype == torch.float32
+        assert torch.equal(state.x, states[0].x)
+
+
 def test_bad_starts_and_arguments_are_refused(device):
     with pytest.raises(ValueError, match="nan at chain 1"):
         slice_sampler(torch.log, 1.0).init(torch.tensor([1.0, -1.0]))

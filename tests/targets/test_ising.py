@@ -137,7 +137,7 @@ def test_strong_couplings_neither_overflow_nor_vanish():
 # ---------------------------------------------------------------- means
 
 
-@pytest.mark.parametrize("size", [(2, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 5), (3, 3), (3, 5), (4, 4)], ids=str)
 @pytest.mark.parametrize("field", [0.0, 0.15])
 def test_means_agree_with_brute_force(size, field):
     x, bonds, spins = lattices(*size)

@@ -203,6 +203,23 @@ def test_geweke_test_agrees_with_the_exact_distance(rng, ledger):
     )
 
 
+def test_a_datum_that_is_always_the_same_does_not_spoil_the_test(rng):
+    def with_constant(theta: Tensor, *, generator) -> Tensor:
+        y = sample_data(theta, generator=generator)
+        return torch.cat([y, torch.full_like(y[:, :1], 0.1)], 1)
+
+    def test(**wrong) -> InvarianceResult:
+        def make_kernel(y: Tensor) -> Kernel:
+            return walk(**wrong)(y[:, :NUM_DATA])
+
+        return geweke_test(sample_prior, with_constant, make_kernel, generator=rng(0), **RUN)
+
+    found = test()
+    assert_invariant(found)
+    assert float(found.p_values[found.names.index("datum 4")]) == 1.0
+    assert test(constant=0.8).p_value < 1e-9
+
+
 def test_geweke_test_refuses_what_it_cannot_judge(rng):
     def test(make_kernel=conjugate(), **change):  # noqa: B008
         functions = {"sample_prior": sample_prior, "sample_data": sample_data} | change

@@ -17,6 +17,7 @@ from companion.testing import (
     binary_states,
     discrete_invariance_test,
     exact_distribution,
+    invariance,
     invariance_test,
 )
 
@@ -158,6 +159,38 @@ def test_plain_distributions_of_single_numbers_are_targets_too(rng):
     assert run(double_mass).p_value < 1e-12
 
 
+@pytest.mark.parametrize("constant", [2.0, 0.1])  # the sum of 0.1s is rounded
+def test_a_coordinate_that_is_constant_does_not_spoil_the_others(rng, constant):
+    law = skewed()
+
+    class WithConstant:
+        def log_prob(self, x: Tensor) -> Tensor:
+            return law.log_prob(x[:, :2])
+
+        def sample(self, n: int, *, generator) -> Tensor:
+            x = law.sample(n, generator=generator)
+            return torch.cat([x, torch.full_like(x[:, :1], constant)], 1)
+
+    def run(wrong: bool) -> InvarianceResult:
+        def step(state: Chain, *, generator=None) -> tuple[Chain, Move]:
+            x = WithConstant().sample(len(state.x), generator=generator)
+            if wrong:  # only the correlation is
+                x[:, 0] = x[:, 0].roll(1)
+            return state._replace(x=x), Move(torch.ones(()), torch.ones((), dtype=torch.bool))
+
+        kernel = Kernel(lambda x: Chain(x, x, x), step)
+        return invariance_test(
+            kernel, WithConstant(), num_chains=5000, num_steps=1, generator=rng(11)
+        )
+
+    found = run(False)
+    assert_invariant(found)
+    assert found.names[2] == "coordinate 2" and float(found.p_values[2]) == 1.0
+    wrong = run(True)
+    directions = [i for i, name in enumerate(wrong.names) if name.startswith("direction")]
+    assert wrong.p_values[directions].min() < 1e-9
+
+
 def test_p_values_are_uniform_for_a_correct_kernel(rng):
     target, generator = skewed(), rng(5)
     kernel = metropolis(target)
@@ -290,20 +323,60 @@ def test_discrete_p_values_are_uniform_for_a_correct_kernel(rng):
 
 
 def test_rare_states_are_pooled(rng):
-    """Most of the 2^10 states expect less than five chains."""
+    """Most of the 2^10 states expect less than a hundred chains."""
     states = binary_states(10, dtype=torch.float64)
     result = discrete_invariance_test(
-        heat_bath(ising), ising, states, num_chains=2000, num_steps=1, generator=rng(8)
+        heat_bath(ising), ising, states, num_chains=40_000, num_steps=1, generator=rng(8)
     )
     assert_invariant(result)
-    expected = 2000 * exact_distribution(ising, 10, dtype=torch.float64)
-    cells = int((expected >= 5).sum()) + 1
+    expected = 40_000 * exact_distribution(ising, 10, dtype=torch.float64)
+    cells = int((expected >= 100).sum()) + 1
+    assert 20 < cells < 200
     # A chi-square variable of cells - 1 degrees of freedom, within its 1e-5 interval.
     low, high = scipy.stats.chi2.interval(1 - 1e-5, cells - 1)
     assert low < float(result.statistics[0]) < high
     assert result.p_value == pytest.approx(
         scipy.stats.chi2.sf(float(result.statistics[0]), cells - 1)
     )
+
+
+def false_alarms(num_chains: int, p: float, level: float) -> float:
+    """How often exact draws of two states, of which one has probability p, get a p-value below
+    `level`, by the binomial law of their count; as a multiple of `level`."""
+    counts = torch.arange(num_chains + 1, dtype=torch.float64)
+    square = (counts - num_chains * p).square() / (num_chains * p * (1 - p))
+    law = torch.from_numpy(scipy.stats.binom.pmf(counts.numpy(), num_chains, p))
+    return (
+        float(law[torch.from_numpy(scipy.stats.chi2.sf(square.numpy(), 1)) < level].sum()) / level
+    )
+
+
+def test_cells_of_a_hundred_chains_have_the_p_values_that_they_claim(rng):
+    smallest = invariance.MIN_EXPECTED
+    shares = (0.5, 0.3, 0.1, 0.01, 0.001)
+    for level in (1e-3, 1e-5):
+        rates = [false_alarms(int(smallest / p), p, level) for p in shares]
+        assert max(rates) < 2.1 and min(rates) > 0.4
+    assert max(false_alarms(int(5 / p), p, 1e-5) for p in shares) > 20  # with five
+    # That is what the test does with two states.
+    for num_chains, fits in ((10_001, True), (9_000, False)):
+
+        def run(num_chains: int = num_chains) -> InvarianceResult:
+            kernel = Kernel(lambda x: Chain(x, x, x), lambda state, generator=None: (state, None))
+            return discrete_invariance_test(
+                kernel,
+                lambda x: torch.where(x[:, 0] == 1, math.log(0.01), math.log(0.99)),
+                binary_states(1, dtype=torch.float64),
+                num_chains=num_chains,
+                num_steps=1,
+                generator=rng(12),
+            )
+
+        if fits:
+            assert_invariant(run())
+        else:
+            with pytest.raises(ValueError, match="one cell that expects 100"):
+                run()
 
 
 def jump_to(row: list[float]) -> Kernel:
@@ -346,7 +419,7 @@ def test_discrete_invariance_test_refuses_what_it_cannot_judge():
 def test_no_tensor_is_made_on_the_default_device(rng):
     target, generator, states = skewed(), rng(9), binary_states(3)
     with torch.device("meta"):
-        run = {"num_chains": 200, "num_steps": 1, "generator": generator}
+        run = {"num_chains": 2000, "num_steps": 1, "generator": generator}
         result = invariance_test(metropolis(target), target, **run)
         assert result.p_values.device.type == "cpu"
         kernel = Kernel(lambda x: Chain(x, x, x), lambda state, generator=None: (state, None))
