@@ -173,8 +173,8 @@ def sample(
     num_nan = counts.get("is_nan", none)
     if num_nan.any():
         warnings.warn(
-            f"{int(num_nan.sum())} proposals had a NaN log-density (or an infinite one) and were rejected "
-            f"(in {int((num_nan > 0).sum())} of {num_nan.numel()} chains)",
+            f"{int(num_nan.sum())} proposals had a NaN log-density (or an infinite one) and were "
+            f"rejected (in {int((num_nan > 0).sum())} of {num_nan.numel()} chains)",
             stacklevel=3,  # seen from the caller of the decorated function
         )
     return Trace(
