@@ -480,7 +480,7 @@ def test_a_trajectory_into_nan_ends_there_and_is_counted(rng):
         return -x.sqrt().pow(2).sum(-1)
 
     x = torch.rand(500, 2, generator=rng(0), **F64) + 0.1
-    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+    with pytest.warns(UserWarning, match="NaN log-density .* were rejected"):
         trace = sample(nuts(log_prob, 0.5), x, 20, generator=rng(1))
     assert (trace.x > 0).all() and (trace.num_nan > 0).any()
     assert (trace.num_divergent >= trace.num_nan).all() and trace.accept_prob.isfinite().all()
@@ -493,7 +493,7 @@ def test_a_trajectory_into_infinite_density_ends_there_and_is_counted(rng):
 
         return sample(nuts(log_prob, 0.5), torch.zeros(200, **F64), 50, generator=rng(0))
 
-    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+    with pytest.warns(UserWarning, match="NaN log-density .* were rejected"):
         trace = run(math.inf)
     assert torch.equal(trace.x, run(-math.inf).x)  # it counts as a place of no density
     assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200

@@ -360,7 +360,7 @@ def test_a_trajectory_into_nan_is_rejected_and_counted(rng):
         return -x.sqrt().pow(2).sum(-1)
 
     x = torch.rand(500, 2, generator=rng(0), **F64) + 0.1
-    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+    with pytest.warns(UserWarning, match="NaN log-density .* were rejected"):
         trace = sample(hmc(log_prob, 0.5, 3), x, 20, generator=rng(1))
     assert (trace.x > 0).all() and (trace.num_nan > 0).any()
     assert (trace.num_divergent >= trace.num_nan).all()
@@ -371,7 +371,7 @@ def test_a_trajectory_to_infinite_density_is_rejected_and_counted(rng):
     def log_prob(x: Tensor) -> Tensor:
         return torch.where((x - 1.5).abs() < 0.5, torch.inf, -0.5 * x.square())
 
-    with pytest.warns(UserWarning, match="NaN log-density and were rejected"):
+    with pytest.warns(UserWarning, match="NaN log-density .* were rejected"):
         trace = sample(hmc(log_prob, 0.5, 3), torch.zeros(200, **F64), 50, generator=rng(0))
     assert trace.log_prob.isfinite().all() and trace.num_nan.sum() > 200
     assert (trace.num_divergent >= trace.num_nan).all() and trace.accept_prob.min() > 0.1
